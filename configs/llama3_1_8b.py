@@ -1,0 +1,13 @@
+"""Llama-3.1-8B-Instruct: its rows of the published benchmark table."""
+
+from jaxrl.config import BenchConfig, default_config
+
+TABLE = (
+    "rl lora16 16384 recompute fa4 8xB200",
+    "rl lora16 65536 recompute fa4 8xB200",
+)
+
+
+def get_config(rows: str = ""):
+    """`rows` filters the table: `--config=configs/llama3_1_8b.py:gpu=B200`."""
+    return default_config(BenchConfig, model="Llama-3.1-8B-Instruct", table=TABLE, rows=rows)

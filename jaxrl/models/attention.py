@@ -1,0 +1,57 @@
+"""Grouped-query causal self-attention with rotary embeddings."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxrl.models.config import ModelConfig
+from jaxrl.models.layers import Linear, RMSNorm, apply_rope
+from jaxrl.models.params import Scope
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerContext:
+    """What every layer of one forward pass shares.
+
+    `attend(q, k, v, segment_ids)` is a resolved attention implementation (`ops.attention`);
+    `mlp_chunk` the number of tokens the MLP works on at a time (0: all of them).
+    """
+
+    cos: Float[Array, "B T H/2"]
+    sin: Float[Array, "B T H/2"]
+    segment_ids: Int[Array, "B T"] | None
+    attend: Callable
+    mlp_chunk: int = 0
+
+
+class Attention(nnx.Module):
+    """q, k, v projections, optional q/k norm, rotary embeddings, attention, output projection."""
+
+    def __init__(self, config: ModelConfig, scope: Scope):
+        D, H = config.hidden_size, config.head_dim
+        q, kv, bias = config.num_heads * H, config.num_kv_heads * H, config.attention_bias
+        scope = scope.child("self_attn.")
+        self.config = config
+        self.q = Linear(scope, (D, q), ("embed", "heads"), hf="q_proj", bias=bias)
+        self.k = Linear(scope, (D, kv), ("embed", "kv_heads"), hf="k_proj", bias=bias)
+        self.v = Linear(scope, (D, kv), ("embed", "kv_heads"), hf="v_proj", bias=bias)
+        self.o = Linear(scope, (q, D), ("attention_out", "residual"), hf="o_proj", bias=bias)
+        norm = config.qk_norm
+        self.q_norm = RMSNorm(scope, H, config.rms_norm_eps, hf="q_norm") if norm else None
+        self.k_norm = RMSNorm(scope, H, config.rms_norm_eps, hf="k_norm") if norm else None
+
+    def __call__(self, x: Float[Array, "B T D"], ctx: LayerContext) -> Float[Array, "B T D"]:
+        B, T, _ = x.shape
+        N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        q = self.q(x).reshape(B, T, N, H)  # [B, T, N*H] -> heads apart
+        k = self.k(x).reshape(B, T, K, H)
+        v = self.v(x).reshape(B, T, K, H)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, ctx.cos, ctx.sin), apply_rope(k, ctx.cos, ctx.sin)
+        with jax.named_scope("attend"):
+            out = ctx.attend(q, k, v, ctx.segment_ids)
+        return self.o(out.reshape(B, T, N * H))

@@ -1,0 +1,109 @@
+"""Apply a token-wise function in chunks of tokens, so that its intermediates have a chunk's size.
+
+fn(trainable, frozen, x) -> y: x and y are pytrees of arrays whose first axis is tokens, and fn
+treats tokens one by one. `frozen` gets no gradient.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.ops.linear import cast_params
+
+type TokenFn = Callable
+
+
+def tokenwise(fn: TokenFn, trainable, frozen, x, *, chunk: int) -> Any:
+    """`fn(trainable, frozen, x)`, evaluated `chunk` tokens at a time; differentiable.
+
+    Backward recomputes each chunk's intermediates, so at most one chunk's worth is ever alive, and
+    accumulates the gradient of `trainable` in fp32. With `chunk` 0, or at least T, fn is called
+    once, plainly. A last partial chunk is padded with zeros.
+    """
+    tokens = jax.tree.leaves(x)[0].shape[0]
+    if chunk <= 0 or chunk >= tokens:
+        return fn(trainable, jax.lax.stop_gradient(frozen), x)
+    return _chunked(fn, chunk, trainable, frozen, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(fn, chunk, trainable, frozen, x):
+    tokens = jax.tree.leaves(x)[0].shape[0]
+    low = cast_params(trainable, _compute_dtype(x))
+    y = jax.lax.map(lambda x: fn(low, frozen, x), _split(x, chunk))
+    return _join(y, tokens)
+
+
+def _chunked_forward(fn, chunk, trainable, frozen, x):
+    return _chunked(fn, chunk, trainable, frozen, x), (trainable, frozen, x)
+
+
+def _chunked_backward(fn, chunk, residuals, dy):
+    trainable, frozen, x = residuals
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), trainable)
+    grads, dx, _ = pull_back(fn, trainable, frozen, x, dy, zeros, chunk=chunk)
+    # None: no cotangent.
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trainable), None, dx
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def pull_back(fn: TokenFn, trainable, frozen, x, dy, grads, *, chunk: int) -> tuple[Any, Any, Any]:
+    """Chunk by chunk: y, and its cotangent dy pulled back to `trainable` and x.
+
+    Returns (grads + d trainable, dx, y). grads: fp32 arrays like `trainable`, updated in place.
+    Integer leaves of x (token ids) get None in dx. One pass: the forward of a chunk serves both
+    its value and its gradient, which is what makes a loss whose weights are known beforehand
+    (SFT) cheaper than one that needs all values first (RL).
+    """
+    tokens = jax.tree.leaves(x)[0].shape[0]
+    chunk = min(chunk, tokens) if chunk > 0 else tokens
+    # Weights enter the loop in the compute dtype and are fp32 inside only as a type, for the sake
+    # of their cotangent (see `matmul`): no fp32 copy of them is ever made.
+    low = cast_params(trainable, _compute_dtype(x))
+
+    def body(grads, x_dy):
+        x, dy = x_dy
+        leaves, treedef = jax.tree.flatten(x)
+        is_float = [jnp.issubdtype(a.dtype, jnp.inexact) for a in leaves]
+
+        def of_floats(trainable, floats):
+            floats = iter(floats)
+            merged = [next(floats) if f else a for f, a in zip(is_float, leaves, strict=True)]
+            return fn(trainable, frozen, treedef.unflatten(merged))
+
+        floats = [a for f, a in zip(is_float, leaves, strict=True) if f]
+        y, vjp = jax.vjp(of_floats, cast_params(low, jnp.float32), floats)
+        dtrainable, dfloats = vjp(dy)
+        dfloats = iter(dfloats)
+        dx = treedef.unflatten([next(dfloats) if f else None for f in is_float])
+        grads = jax.tree.map(jnp.add, grads, cast_params(dtrainable, jnp.float32))
+        return grads, (dx, y)
+
+    if chunk == tokens:
+        grads, (dx, y) = body(grads, (x, dy))
+        return grads, dx, y
+    grads, (dx, y) = jax.lax.scan(body, grads, (_split(x, chunk), _split(dy, chunk)))
+    return grads, _join(dx, tokens), _join(y, tokens)
+
+
+def _compute_dtype(x):
+    return next(a.dtype for a in jax.tree.leaves(x) if jnp.issubdtype(a.dtype, jnp.inexact))
+
+
+def _split(tree, chunk: int):
+    def split(a):
+        pad = -a.shape[0] % chunk
+        if pad:
+            a = jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1))
+        return a.reshape(-1, chunk, *a.shape[1:])  # [T, ...] -> [chunks, chunk, ...]
+
+    return jax.tree.map(split, tree)
+
+
+def _join(tree, tokens: int):
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens], tree)

@@ -1,0 +1,142 @@
+"""Measure a row: run its program on devices that are here, step by step."""
+
+import contextlib
+import dataclasses
+import pathlib
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxrl.config import BenchConfig
+from jaxrl.data.fake import fake_batch
+from jaxrl.models.presets import preset
+from jaxrl.perf import flops
+from jaxrl.perf.compile_only import memory
+from jaxrl.perf.hardware import GiB, gpu, measure_matmul_peak
+from jaxrl.perf.plan import compiled_attention, count_flops, program_for
+from jaxrl.perf.rows import CPU, Row
+from jaxrl.train.program import Program, floor_bytes
+
+# progress(stage, step, of, **scalars)
+type Progress = Callable[..., None]
+
+
+def measure_row(row: Row, config: BenchConfig, progress: Progress) -> dict[str, Any]:
+    """Compile, warm up, time `config.steps` steps one by one; the keys of `results.jsonl`.
+
+    A row whose gpu is "CPU" is this host's proxy: fewer layers, `config.proxy`'s shape, and MFU
+    against the matmul peak measured here, in the same process, just before.
+    """
+    progress("compiling")
+    proxy = row.gpu == CPU
+    program = _proxy_program(row, config) if proxy else _gpu_program(row, config)
+    start = time.perf_counter()
+    compiled = program.lower().compile()
+    compile_s = time.perf_counter() - start
+    text = compiled.as_text() or ""
+    counted = count_flops(program, text)
+    # A proxy's peak is measured before and after: a busy moment must not pass for the host's best.
+    dtype = program.step.config.compute_dtype
+    peak = measure_matmul_peak(dtype) if proxy else gpu(row.gpu).bf16_flops
+    times = _time_steps(program, compiled, row, config, progress)
+    if proxy:
+        peak = max(peak, measure_matmul_peak(dtype))
+    seconds = statistics.median(times)
+    tps = program.tokens_per_step / seconds
+    devices = program.layout.mesh.size
+    model = program.layout.model.config
+    low, _, high = statistics.quantiles(times, n=4)
+    result = {
+        "attn_compiled": compiled_attention(text, program),
+        "mfu_pct": 100 * flops.mfu(counted["model_flops_per_token"], tps, peak, devices),
+        "hfu_pct": 100 * counted["hardware_flops_per_step"] / seconds / (peak * devices),
+        "tps": tps,
+        "step_time_s": seconds / config.micro_batches,
+        "step_time_iqr_s": (high - low) / config.micro_batches,
+        "peak_mem_gib": _peak_memory(program) / GiB,
+        "floor_mem_gib": floor_bytes(program) / GiB,
+        "host_mem_gib": memory(compiled).host_gib,
+        "compile_s": compile_s,
+        "num_layers": model.num_layers,
+        "peak_flops": peak,
+        **counted,
+    }
+    lora = (
+        flops.lora_params(model, row.lora_rank, config.train.lora.targets) if row.lora_rank else 0
+    )
+    page = flops.primerl_flops_per_token(model, row.seq_len, lora_params=lora)
+    page_peak = peak if proxy else gpu(row.gpu).primerl_bf16_flops
+    result["mfu_primerl_pct"] = 100 * flops.mfu(page, tps, page_peak, devices)
+    return result
+
+
+def _gpu_program(row: Row, config: BenchConfig) -> Program:
+    kinds = gpu(row.gpu).device_kinds
+    devices = [d for d in jax.devices() if d.device_kind in kinds]
+    if len(devices) < row.num_gpus:
+        raise ValueError(f"{row.hardware} asked for, and this host has {len(devices)} {row.gpu}")
+    return program_for(row, config, devices[: row.num_gpus], backend="gpu")
+
+
+def _proxy_program(row: Row, config: BenchConfig) -> Program:
+    proxy = config.proxy
+    return program_for(
+        dataclasses.replace(row, seq_len=proxy.seq_len),
+        config,
+        jax.devices("cpu")[:1],
+        backend="cpu",
+        model=preset(row.model).replace(num_layers=proxy.num_layers),
+        rows_per_device=proxy.batch,
+        compute_dtype=proxy.compute_dtype,
+    )
+
+
+def _time_steps(
+    program: Program, compiled, row: Row, config: BenchConfig, progress: Progress
+) -> list[float]:
+    """Seconds of each timed step, the device synchronised before and after."""
+    state = program.layout.initialize(jax.random.key(config.seed))
+    batch = jax.device_put(
+        fake_batch(
+            row.type, program.micro_batches, program.rows, program.seq_len, seed=config.seed
+        ),
+        jax.tree.map(lambda s: s.sharding, program.abstract_batch()),
+    )
+    times = []
+    with jax.transfer_guard("disallow"):
+        for i in range(config.warmup_steps):
+            progress("warming up", i + 1, config.warmup_steps)
+            state, metrics = jax.block_until_ready(compiled(state, batch))
+        for i in range(config.steps):
+            start = time.perf_counter()
+            state, metrics = jax.block_until_ready(compiled(state, batch))
+            times.append(time.perf_counter() - start)
+            loss, norm = (float(jax.device_get(metrics[k])) for k in ("loss", "grad_norm"))
+            progress("step", i + 1, config.steps, loss=loss, grad_norm=norm, step_s=times[-1])
+        if config.profile:
+            folder = pathlib.Path(config.output) / "profile" / row.slug
+            with _trace(folder):
+                for i in range(config.profile_steps):
+                    progress("profiling", i + 1, config.profile_steps)
+                    with jax.profiler.StepTraceAnnotation("train", step_num=i):
+                        state, _ = jax.block_until_ready(compiled(state, batch))
+    return times
+
+
+@contextlib.contextmanager
+def _trace(folder: pathlib.Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    with jax.transfer_guard("allow"), jax.profiler.trace(str(folder)):
+        yield
+
+
+def _peak_memory(program: Program) -> int:
+    """Peak bytes in use, the most over devices; on CPU the peak resident size of this process."""
+    stats = [d.memory_stats() for d in program.layout.mesh.devices.flat]
+    if all(s is None for s in stats):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(s["peak_bytes_in_use"] for s in stats if s)

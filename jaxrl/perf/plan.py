@@ -1,0 +1,129 @@
+"""Plan a row: compile its program for GPUs that are not here, and read what it would need."""
+
+import dataclasses
+import time
+from typing import Any
+
+from jaxrl.config import BenchConfig
+from jaxrl.models.config import ModelConfig
+from jaxrl.models.presets import preset
+from jaxrl.ops import attention_xla
+from jaxrl.parallel.mesh import make_mesh
+from jaxrl.perf import compile_only, flops, hlo
+from jaxrl.perf.hardware import GiB, gpu
+from jaxrl.perf.rows import Row
+from jaxrl.train.program import Program, build_program, floor_bytes, lower_reference
+
+# What the table's attention names run as, until kernels of their own exist.
+ATTENTION = {"fa2": "cudnn", "fa3": "cudnn", "fa4": "cudnn"}
+
+
+def program_for(
+    row: Row,
+    config: BenchConfig,
+    devices,
+    *,
+    backend: str,
+    model: ModelConfig | None = None,
+    rows_per_device: int = 1,
+    compute_dtype: str | None = None,
+) -> Program:
+    """The program of a row on these devices; `model` replaces the row's preset (proxies)."""
+    step = config.train.step(type=row.type, ac=row.ac, attention=ATTENTION.get(row.attn, row.attn))
+    if compute_dtype:
+        step = dataclasses.replace(step, compute_dtype=compute_dtype)
+    return build_program(
+        model or preset(row.model),
+        mesh=make_mesh(devices, expert=row.ep, context=row.cp),
+        step=step,
+        optimizer=config.train.optimizer,
+        lora_rank=row.lora_rank,
+        lora=config.train.lora,
+        seq_len=row.seq_len,
+        micro_batches=config.micro_batches,
+        rows_per_device=rows_per_device,
+        backend=backend,
+    )
+
+
+def plan_row(row: Row, config: BenchConfig) -> dict[str, Any]:
+    """Memory and FLOPs of the row's compiled program, per the keys of `results.jsonl`.
+
+    Nothing runs, so nothing is said of time. Raises ValueError where the program needs more
+    memory than the GPU has.
+    """
+    program = program_for(row, config, compile_only.topology(row.gpu, row.num_gpus), backend="gpu")
+    start = time.perf_counter()
+    with compile_only.as_device(program.layout.mesh), compile_only.cudnn_assumed():
+        lowered = program.lower()
+    compiled = compile_only.compile_for(lowered)
+    seconds = time.perf_counter() - start
+    text = compiled.as_text() or ""
+    memory = compile_only.memory(compiled)
+    capacity = gpu(row.gpu).memory_gib
+    if memory.peak_gib > capacity:
+        raise ValueError(
+            f"needs {memory.peak_gib:.1f} GiB on each {row.gpu}, which has {capacity:.1f}; use "
+            "more GPUs, a shorter seq_len, offload or LoRA"
+        )
+    return {
+        "attn_compiled": compiled_attention(text, program),
+        "peak_mem_gib": memory.peak_gib,
+        "floor_mem_gib": floor_bytes(program) / GiB,
+        "host_mem_gib": memory.host_gib,
+        "compile_s": seconds,
+        **count_flops(program, text),
+    }
+
+
+def count_flops(program: Program, text: str) -> dict[str, float]:
+    """`model_flops_per_token` (XLA's count of the plain reference, attention as it declares
+    itself) and `hardware_flops_per_step` (every product of the compiled program, on all devices).
+    """
+    model, tokens = program.layout.model.config, program.seq_len
+    dense = flops.cost_analysis_flops(lambda n: lower_reference(program, n), model.num_layers)
+    forward, backward = (_attention_flops(program, 1, w) for w in ("forward", "backward"))
+    return {
+        "model_flops_per_token": (dense + model.num_layers * (forward + backward)) / tokens,
+        "hardware_flops_per_step": hardware_flops(program, text) * program.layout.mesh.size,
+    }
+
+
+def hardware_flops(program: Program, text: str) -> float:
+    """FLOPs of one step on one device: what the compiled program's products and kernels do.
+
+    A kernel's FLOPs are those it declares; the blocked attention's loops, whose trip counts the
+    compiler does not know, visit the blocks on and below the diagonal. Raises RuntimeError where
+    the program holds a loop or a product that nobody declares.
+    """
+    summary = hlo.summarize(text)
+    rows = program.rows // program.layout.mesh.shape["fsdp"]
+    total = summary.flops
+    for call in summary.call_sites:
+        if call.target.startswith("__cudnn$fmha"):
+            which = "flash_backward" if "Backward" in call.target else "forward"
+            total += call.count * _attention_flops(program, rows, which)
+    blocks = -(-program.seq_len // attention_xla.BLOCK)
+    for loop in summary.unknown_loops:
+        if "attend" not in loop.op_name:
+            raise RuntimeError(f"a loop of unknown length is not counted: {loop.op_name}")
+        total += loop.runs * loop.iteration.flops * (blocks + 1) / 2
+    if summary.uncounted:
+        raise RuntimeError(f"products that are not counted: {dict(summary.uncounted)}")
+    return total
+
+
+def _attention_flops(program: Program, rows: int, which: str) -> int:
+    model = program.layout.model.config
+    return flops.attention_flops(
+        rows, model.num_heads, model.head_dim, program.seq_len, which=which
+    )
+
+
+def compiled_attention(text: str, program: Program) -> str:
+    """The attention that the compiled program really calls. Raises RuntimeError if not as asked."""
+    asked = program.step.attention(packed=False).name
+    found = "cudnn" if "__cudnn$fmha" in text else "xla"
+    if asked != found:
+        raise RuntimeError(f"attention {asked} was asked for, {found} was compiled")
+    return found

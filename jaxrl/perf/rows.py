@@ -1,0 +1,203 @@
+"""A row of the benchmark table: what is trained, on what; parsed, filtered and checked here."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+from jaxrl.config import ActivationCheckpointing, ConfigError, Type, check_seq_len
+from jaxrl.models.presets import preset
+
+TYPES = ("rl", "sft")
+AC = ("none", "recompute", "selective", "offload")
+ATTN = ("fa2", "fa3", "fa4", "cudnn", "xla", "auto")
+CPU = "CPU"
+
+_SYNTAX = (
+    "write 'rl|sft full|loraRANK SEQ_LEN AC ATTN COUNTxGPU [epN] [cpN]', "
+    "e.g. 'rl lora16 16384 recompute fa3 8xH100'"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row. `lora_rank` 0 is full fine-tuning; `gpu` is "CPU" for this host's proxy row.
+
+    `seq_len`: tokens per sequence. `ac`: activation checkpointing. `attn`: as requested. `ep`,
+    `cp`: expert and context parallel sizes.
+    """
+
+    model: str
+    type: Type
+    lora_rank: int
+    seq_len: int
+    ac: ActivationCheckpointing
+    attn: str
+    ep: int
+    cp: int
+    num_gpus: int
+    gpu: str
+
+    @property
+    def label(self) -> str:
+        """Type as the published page writes it, e.g. "RL LoRA(r=16)"."""
+        method = f"LoRA(r={self.lora_rank})" if self.lora_rank else "Full"
+        return f"{self.type.upper()} {method}"
+
+    @property
+    def hardware(self) -> str:
+        return f"{self.num_gpus}x{self.gpu}"
+
+    @property
+    def title(self) -> str:
+        """Everything but the model, in the syntax of `parse_row`."""
+        method = f"lora{self.lora_rank}" if self.lora_rank else "full"
+        parts = [
+            self.type,
+            method,
+            str(self.seq_len),
+            self.ac,
+            self.attn,
+            self.hardware,
+        ]
+        parts += [f"ep{self.ep}"] * (self.ep > 1) + [f"cp{self.cp}"] * (self.cp > 1)
+        return " ".join(parts)
+
+    @property
+    def slug(self) -> str:
+        """A file name that no other row has."""
+        return f"{self.model}_{self.title.replace(' ', '_')}"
+
+    @property
+    def key(self) -> tuple:
+        return dataclasses.astuple(self)
+
+
+def parse_row(model: str, text: str) -> Row:
+    """The row that `text` ("rl lora16 16384 recompute fa3 8xH100") describes."""
+    parts = text.split()
+    problem = ConfigError(f"cannot read row {text!r}; {_SYNTAX}")
+    if len(parts) < 6:
+        raise problem
+    type_, method, seq_len, ac, attn, hardware, *rest = parts
+    rank = re.fullmatch(r"full|lora(\d+)", method)
+    count_gpu = re.fullmatch(r"(\d+)x(\w+)", hardware)
+    axes = [re.fullmatch(r"(ep|cp)(\d+)", part) for part in rest]
+    if not (rank and count_gpu and re.fullmatch(r"-?\d+", seq_len) and all(axes)):
+        raise problem
+    sizes = {"ep": 1, "cp": 1} | {m[1]: int(m[2]) for m in axes if m}
+    for name, value, known in (
+        ("type", type_, TYPES),
+        ("ac", ac, AC),
+        ("attn", attn, ATTN),
+    ):
+        if value not in known:
+            raise ConfigError(f"row {text!r}: unknown {name} {value!r}; one of {', '.join(known)}")
+    if method == "lora0":
+        raise ConfigError(f"row {text!r}: LoRA rank 0 has no adapters; write 'full'")
+    return Row(
+        model=model,
+        type=type_,  # type: ignore[arg-type]
+        lora_rank=int(rank[1] or 0),
+        seq_len=int(seq_len),
+        ac=ac,  # type: ignore[arg-type]
+        attn=attn,
+        num_gpus=int(count_gpu[1]),
+        gpu=count_gpu[2],
+        **sizes,
+    )
+
+
+def filter_rows(rows: Sequence[Row], text: str) -> list[Row]:
+    """Rows with the values that `text` asks for: "gpu=H100|A6000,num_gpus=1"; "" keeps all.
+
+    `lora_rank=full` is 0; case does not matter. An unknown field, or no row left, is a
+    ConfigError that lists what there is.
+    """
+    kept = list(rows)
+    fields = [f.name for f in dataclasses.fields(Row)]
+    for clause in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, wanted = (part.strip() for part in clause.partition("="))
+        if name not in fields or not equals:
+            raise ConfigError(
+                f"rows filter {clause!r}: write field=value or field=a|b; fields: "
+                f"{', '.join(fields)}"
+            )
+        values = {_same(v) for v in wanted.split("|")}
+        left = [row for row in kept if _same(getattr(row, name)) in values]
+        if not left:
+            there = sorted({getattr(row, name) for row in kept})
+            before = text[: text.index(clause)].strip(", ")
+            where = f" with {before}" if before else ""
+            raise ConfigError(
+                f"rows filter {clause!r} leaves no row; {name} of the rows{where}: "
+                f"{', '.join(map(str, there))}"
+            )
+        kept = left
+    return kept
+
+
+def _same(value) -> str:
+    text = str(value).strip().lower()
+    return "0" if text == "full" else text
+
+
+def proxy_row(row: Row, seq_len: int) -> Row:
+    """The row measured on this host's CPU in place of `row`."""
+    return dataclasses.replace(row, seq_len=seq_len, attn="xla", ep=1, cp=1, num_gpus=1, gpu=CPU)
+
+
+def check_rows(rows: Iterable[Row]) -> None:
+    """Raise ConfigError for the first row that can never run, naming value and way out."""
+    for row in rows:
+        try:
+            _check_row(row)
+        except ValueError as error:
+            raise ConfigError(f"row '{row.title}': {error}") from None
+
+
+def _check_row(row: Row) -> None:
+    from jaxrl.perf.hardware import gpu
+
+    preset(row.model)
+    check_seq_len(row.seq_len)
+    if row.num_gpus < 1:
+        raise ConfigError("0 GPUs; use at least 1")
+    _check_attention(row, gpu(row.gpu).compute_capability)
+    for name, size in (("ep", row.ep), ("cp", row.cp)):
+        if size < 1 or row.num_gpus % size:
+            fits = [str(d) for d in range(1, row.num_gpus + 1) if row.num_gpus % d == 0]
+            raise ConfigError(
+                f"{name} {size} does not divide {row.num_gpus} GPUs; use {' or '.join(fits)}"
+            )
+    # Every preset so far is dense, and sequences are not yet split over devices.
+    if row.ep > 1:
+        raise ConfigError(f"ep {row.ep} needs experts, and {row.model} is dense; use ep 1")
+    if row.cp > 1:
+        raise ConfigError(f"cp {row.cp}: context parallelism is not supported yet; use cp 1")
+
+
+def _check_attention(row: Row, capability) -> None:
+    sm = _sm(capability)
+    needs = {"fa2": "sm_80 or newer", "cudnn": "sm_80 or newer"} | {
+        "fa3": "Hopper (sm_90)",
+        "fa4": "Blackwell (sm_100)",
+    }
+    runs = {"fa2": sm >= 80, "cudnn": sm >= 80, "fa3": sm == 90, "fa4": 100 <= sm < 110}
+    if not runs.get(row.attn, True):
+        can = [name for name in ("fa4", "fa3", "fa2", "cudnn") if runs[name]] + [
+            "xla",
+            "auto",
+        ]
+        raise ConfigError(
+            f"attention {row.attn} needs {needs[row.attn]}, and {row.gpu} is sm_{sm}; "
+            f"use {' or '.join(can)}"
+        )
+
+
+def _sm(capability) -> int:
+    """90 for "9.0", (9, 0) or 9.0."""
+    if isinstance(capability, tuple):
+        major, minor = capability
+    else:
+        major, _, minor = str(capability).partition(".")
+    return 10 * int(major) + int(minor or 0)

@@ -1,0 +1,222 @@
+"""Runs rows in worker processes and tells what happens as a stream of events.
+
+Planned rows run side by side; measured and proxy rows alone, so that nothing disturbs their times.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxrl.config import BenchConfig
+from jaxrl.perf.rows import Row
+
+WORKER = (sys.executable, "-m", "jaxrl.perf.worker")
+TICK_S = 0.2  # how often time limits are looked at, and a display can be refreshed
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A row and how to run it: "planned", "measured" or "proxy"."""
+
+    row: Row
+    mode: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.slug}_{self.mode}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    job: Job
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """`stage` ("compiling", "step"), and step i of n where there are steps."""
+
+    job: Job
+    stage: str
+    step: int = 0
+    of: int = 0
+    scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """Either `result` or `error` (one line) is set."""
+
+    job: Job
+    seconds: float
+    result: dict[str, Any] | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tick:
+    """Nothing happened for a while."""
+
+
+Event = Started | Progress | Finished | Tick
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    config: BenchConfig,
+    *,
+    parallel: int,
+    logs: pathlib.Path,
+    worker_command: Sequence[str] = WORKER,
+) -> Generator[Event]:
+    """Run `jobs` in order, at most `parallel` planned ones at once; one `Finished` for each.
+
+    Each worker's output goes to a file in `logs`, removed if empty. Closing the iterator, or an
+    exception in it (Ctrl-C), kills the workers that run.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting = list(jobs)
+    running: list[_Worker] = []
+    with selectors.DefaultSelector() as selector:
+        try:
+            while waiting or running:
+                while waiting and _may_start(waiting[0], running, parallel):
+                    worker = _Worker(waiting.pop(0), config, logs, worker_command)
+                    running.append(worker)
+                    selector.register(worker.channel, selectors.EVENT_READ, worker)
+                    yield Started(worker.job)
+                ready = selector.select(TICK_S)
+                for key, _ in ready:
+                    yield from key.data.read()
+                for worker in list(running):
+                    if finished := worker.finished(config.time_limit_s):
+                        running.remove(worker)
+                        selector.unregister(worker.channel)
+                        worker.close()
+                        yield finished
+                if not ready:
+                    yield Tick()
+        finally:
+            for worker in running:
+                worker.close()
+
+
+def _may_start(job: Job, running: Sequence["_Worker"], parallel: int) -> bool:
+    if job.mode == "planned":
+        return len(running) < parallel and all(w.job.mode == "planned" for w in running)
+    return not running
+
+
+class _Worker:
+    """A worker process, the pipe it reports through, and what it has said so far."""
+
+    def __init__(self, job: Job, config: BenchConfig, logs: pathlib.Path, command: Sequence[str]):
+        self.job, self.start = job, time.monotonic()
+        self.log = logs / f"{job.name}.log"
+        self.channel, write_end = os.pipe()
+        os.set_blocking(self.channel, False)
+        self.buffer, self.closed = b"", False
+        self.result: dict[str, Any] | None = None
+        self.error: str | None = None
+        try:
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen(
+                    [*command, str(write_end)],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[write_end],
+                    start_new_session=True,  # Ctrl-C reaches the parent, which ends the workers
+                    env=os.environ | _environment(job.mode),
+                )
+        except OSError:
+            os.close(self.channel)
+            raise
+        finally:
+            os.close(write_end)
+        request = {"mode": job.mode, "row": job.row, "config": config}
+        line = json.dumps(request, default=dataclasses.asdict).encode() + b"\n"
+        with contextlib.suppress(BrokenPipeError):  # it died at once; `finished` says why
+            assert self.process.stdin
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+
+    def read(self) -> Iterator[Progress]:
+        """Take in what the worker has written."""
+        while True:
+            try:
+                data = os.read(self.channel, 1 << 16)
+            except BlockingIOError:
+                break
+            if not data:
+                self.closed = True
+                break
+            self.buffer += data
+        *lines, self.buffer = self.buffer.split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "stage" in message:
+                yield Progress(self.job, **message)
+            self.result = message.get("result", self.result)
+            self.error = message.get("error", self.error)
+
+    def finished(self, time_limit_s: float) -> Finished | None:
+        """The outcome, once there is one."""
+        seconds = time.monotonic() - self.start
+        if not self.closed and self.process.poll() is not None:
+            for _ in self.read():  # what it wrote between the last read and its end
+                pass
+            self.closed = True
+        if self.result is None and self.error is None:
+            if self.closed:
+                self.error = self._why_dead()
+            elif seconds > time_limit_s:
+                self.error = f"stopped after config.time_limit_s = {time_limit_s:g} s"
+            else:
+                return None
+        return Finished(self.job, seconds, None if self.error else self.result, self.error)
+
+    def close(self) -> None:
+        """End the process with all it started; drop its log if it is empty."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stdin
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        os.close(self.channel)
+        with contextlib.suppress(OSError):
+            if self.log.stat().st_size == 0:
+                self.log.unlink()
+
+    def _why_dead(self) -> str:
+        """Why the process ended without a result."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=5)
+        code = self.process.returncode
+        log = f"see {self.log.parent.name}/{self.log.name}"
+        if code is None:
+            return f"the worker closed its channel and went on running; {log}"
+        if code == -signal.SIGKILL:
+            return (
+                "killed by SIGKILL: the host most likely ran out of memory; use fewer config.jobs"
+            )
+        what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        lines = [x for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
+        said = f" ({' '.join(lines[-1].split())[:160]})" if lines else ""
+        return f"worker {what}{said}; {log}"
+
+
+def _environment(mode: str) -> dict[str, str]:
+    if mode == "measured":
+        return {}
+    # Planned rows compile for GPUs without touching one; proxy rows are for the CPU.
+    return {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}

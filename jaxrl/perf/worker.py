@@ -1,0 +1,75 @@
+"""One row in a process of its own: a kernel that aborts, or runs out of memory, takes only this.
+
+`python -m jaxrl.perf.worker FD` reads one JSON line from stdin (mode, row, config), writes JSON
+lines to file descriptor FD (progress, then one result or error), and leaves stdout and stderr,
+where JAX prints, to the row's log file. It ends when its stdin closes, that is with its parent.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import traceback
+from typing import Any
+
+from jaxrl.config import BenchConfig
+from jaxrl.options import from_config
+from jaxrl.perf.rows import Row
+
+MAX_ERROR = 300
+
+
+def one_line(error: BaseException) -> str:
+    """A ValueError's message, or type and message of any other error, in one line."""
+    text = " ".join(str(error).strip().split("\n")[0].split())
+    if not isinstance(error, ValueError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
+
+
+def run_row(mode: str, row: Row, config: BenchConfig, progress) -> dict[str, Any]:
+    """What compiling (`planned`) or running (`measured`, `proxy`) the row gave."""
+    if mode == "planned":
+        from jaxrl.perf.plan import plan_row
+
+        progress("compiling")
+        return plan_row(row, config)
+    from jaxrl.perf.measure import measure_row
+
+    return measure_row(row, config, progress=progress)
+
+
+def main() -> None:
+    channel = int(sys.argv[1])
+    os.set_inheritable(channel, False)  # or a program JAX starts would hold it open
+
+    def send(**message) -> None:
+        os.write(channel, json.dumps(message, default=float).encode() + b"\n")
+
+    def progress(stage: str, step: int = 0, of: int = 0, **scalars: float) -> None:
+        send(stage=stage, step=step, of=of, scalars=scalars)
+
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        config = from_config(BenchConfig, request["config"])
+        last = {"result": run_row(request["mode"], Row(**request["row"]), config, progress)}
+    except Exception as error:
+        last = {"error": one_line(error)}
+        with contextlib.suppress(OSError):  # the log's disk may be full
+            traceback.print_exc()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    send(**last)  # the parent may end this process from here on
+    os._exit(0)  # do not wait for JAX's threads
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Backpropagation through stacked layers with the gradient accumulated in place, layer by layer.
+
+`jax.grad` over a scanned stack returns a second gradient buffer, which then has to be added to the
+one of earlier micro-batches. Here the reverse loop carries the accumulators and adds each layer's
+gradient at its index as soon as it exists: one fp32 buffer in all. What a layer keeps for backward
+is still decided by `jax.checkpoint` policies.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxrl.train.remat import remat_policy
+
+# layer(trainable, constants, x) -> x: one layer, given its own parameters.
+type Layer = Callable[[Any, Any, jax.Array], jax.Array]
+
+
+class LayerStack:
+    """Forward and backward over stacked layers.
+
+    fetch(trainable_i, frozen_i) -> (trainable, frozen) makes one layer's slices whole (cast and
+    gathered over devices) before use; reduce(gradient) -> the shard's sum over devices.
+    `constants` are inputs shared by all layers (rotary tables, segment ids), never differentiated.
+    """
+
+    def __init__(self, layer: Layer, *, ac: str, fetch: Callable, reduce: Callable):
+        self.layer = jax.checkpoint(layer, policy=remat_policy(ac))
+        self.fetch, self.reduce = fetch, reduce
+        self._template: Any = None
+
+    def forward(self, trainable, frozen, constants, x: jax.Array):
+        """(x after all layers, what backward needs); parameters stacked [L, ...]."""
+
+        def body(x, layer):
+            tr, fr = self.fetch(*layer)
+            # Parameters and constants are at hand again in backward: only the rest is stacked.
+            x, vjp = jax.vjp(
+                self.layer,
+                tr,
+                (fr, constants),
+                x,
+                in_nzs=(True, False, True),
+                saveable_args=(False, False, True),
+            )
+            self._template = vjp
+            return x, (vjp.args_res[2], vjp.opaque_residuals, vjp.structured_residuals)
+
+        return jax.lax.scan(body, x, (trainable, frozen))
+
+    def backward(self, trainable, frozen, constants, saved, dx: jax.Array, grads):
+        """(grads + gradient, dx before the first layer); grads: fp32, stacked [L, ...]."""
+        num_layers = jax.tree.leaves((trainable, frozen))[0].shape[0]
+
+        def body(carry, layer):
+            dx, grads = carry
+            index, tr, fr, (x, opaque, structured) = layer
+            tr, fr = self.fetch(tr, fr)
+            args = [tr, (fr, constants), x]
+            vjp = self._template.replace(
+                args_res=args, opaque_residuals=opaque, structured_residuals=structured
+            )
+            dtrainable, _, dx = vjp(dx)
+
+            def add(total, g):
+                here = jax.lax.dynamic_index_in_dim(total, index, keepdims=False)
+                return jax.lax.dynamic_update_index_in_dim(total, here + g, index, 0)
+
+            with jax.named_scope("accumulate"):
+                grads = jax.tree.map(add, grads, self.reduce(dtrainable))
+            return (dx, grads), None
+
+        layers = (jax.numpy.arange(num_layers), trainable, frozen, saved)
+        (dx, grads), _ = jax.lax.scan(body, (dx, grads), layers, reverse=True)
+        return grads, dx

@@ -1,0 +1,33 @@
+"""AdamW with global-norm clipping and a learning-rate schedule, as optax transformations."""
+
+import optax
+
+from jaxrl.config import OptimizerConfig
+
+
+def schedule(config: OptimizerConfig) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then constant, or linear or cosine decay to 0."""
+    lr, warmup = config.learning_rate, config.warmup_steps
+    decay = max(config.total_steps - warmup, 1)
+    match config.schedule:
+        case "constant":
+            after = optax.constant_schedule(lr)
+        case "linear":
+            after = optax.linear_schedule(lr, 0.0, decay)
+        case "cosine":
+            after = optax.cosine_decay_schedule(lr, decay)
+        case other:
+            raise ValueError(f"unknown schedule {other!r}; one of constant, linear, cosine")
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """clip by global norm -> Adam -> decoupled weight decay (arXiv:1711.05101) -> -lr(step)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule(config)),
+    )

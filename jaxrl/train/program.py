@@ -1,0 +1,163 @@
+"""From a description of a run to the one program that is trained with, measured and planned."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxrl.config import LoraOptions, OptimizerConfig, StepConfig
+from jaxrl.data.fake import batch_shapes
+from jaxrl.models.attention import LayerContext
+from jaxrl.models.config import ModelConfig
+from jaxrl.models.layers import rope_tables
+from jaxrl.models.lora import LoraConfig, add_lora
+from jaxrl.models.params import nest, specs
+from jaxrl.models.transformer import Transformer, merge_trees
+from jaxrl.train.optimizer import make_optimizer
+from jaxrl.train.state import StateLayout, TrainState
+from jaxrl.train.step import BATCH_SPEC, Batch, TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A training step and the shapes it runs on. `rows`: sequences per micro-batch, all devices."""
+
+    step: TrainStep
+    micro_batches: int
+    rows: int
+    seq_len: int
+
+    @property
+    def layout(self) -> StateLayout:
+        return self.step.layout
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.micro_batches * self.rows * self.seq_len
+
+    def abstract_batch(self) -> Batch:
+        sharding = NamedSharding(self.layout.mesh, BATCH_SPEC)
+        shapes = batch_shapes(self.step.config.type, self.micro_batches, self.rows, self.seq_len)
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
+        )
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step, traced and lowered for its mesh; nothing is allocated."""
+        return self.step.jitted.lower(self.layout.abstract(), self.abstract_batch())
+
+
+def build_program(
+    model: ModelConfig,
+    *,
+    mesh: Mesh,
+    step: StepConfig,
+    optimizer: OptimizerConfig,
+    lora_rank: int,
+    lora: LoraOptions,
+    seq_len: int,
+    micro_batches: int,
+    rows_per_device: int = 1,
+    backend: str,
+) -> Program:
+    """The step for this model, mesh and recipe; `lora_rank` 0 is full fine-tuning.
+
+    backend: "gpu" or "cpu", what the mesh's devices are. Raises ValueError where the mesh does
+    not divide the model, or the attention kind cannot run.
+    """
+    decoder = Transformer(model)
+    if lora_rank:
+        add_lora(decoder, LoraConfig(lora_rank, lora.alpha, lora.targets))
+    layout = StateLayout(
+        decoder, make_optimizer(optimizer), mesh, frozen_dtype=jnp.dtype(step.compute_dtype)
+    )
+    rows = rows_per_device * mesh.shape["fsdp"]
+    return Program(TrainStep(layout, step, backend=backend), micro_batches, rows, seq_len)
+
+
+def floor_bytes(program: Program) -> int:
+    """Bytes per device below which this run cannot go without recomputing or offloading more.
+
+    State (parameters, optimizer, fp32 gradients) + the layers' saved inputs + one layer's working
+    set in backward: attention's q, k, v, output and their cotangents, the layer's input and its
+    cotangent, the layer's whole weights and, where they learn, their fp32 gradient. MLP and head
+    work in chunks of tokens, which can be made as small as one likes, so they add nothing.
+    """
+    layout, config = program.layout, program.layout.model.config
+    itemsize = jnp.dtype(program.step.config.compute_dtype).itemsize
+    state: TrainState = layout.abstract()
+
+    def local(tree):
+        return sum(
+            math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
+            for s in jax.tree.leaves(tree)
+        )
+
+    tokens = program.rows // layout.mesh.shape["fsdp"] * program.seq_len
+    saved = config.num_layers * tokens * config.hidden_size * itemsize
+    if program.step.config.ac == "offload":
+        saved = 0
+    heads = 4 * config.num_heads + 4 * config.num_kv_heads
+    activations = tokens * (heads * config.head_dim + 2 * config.hidden_size) * itemsize
+    layer = {p: s for p, s in specs(layout.model).items() if p[0] == "layers"}
+    weights = sum(
+        s.size // config.num_layers * (itemsize + 4 * (p in layout.trainable_specs))
+        for p, s in layer.items()
+    )
+    return local(state) + local(state.params) + saved + activations + weights
+
+
+def lower_reference(program: Program, num_layers: int) -> jax.stages.Lowered:
+    """Loss and gradient of one sequence as plainly as it can be written, lowered for the CPU.
+
+    For XLA's cost analysis: `num_layers` layers unrolled, full logits, no recomputation, one
+    device. Attention is left out (its q, k, v are merely added): it counts what it declares.
+    """
+    whole = program.layout.model
+    config = whole.config.replace(num_layers=num_layers)
+    model = Transformer(config)
+    lora = specs(whole, nnx.LoRAParam)
+    if lora:
+        rank = next(s.shape[-1] for p, s in lora.items() if p[-1] == "lora_a")
+        targets = tuple(sorted({p[-2] for p in lora}))
+        add_lora(model, LoraConfig(rank=rank, targets=targets))
+    dtype = program.step.dtype
+    learn = specs(model, nnx.LoRAParam) or specs(model)
+    abstract = {
+        p: jax.ShapeDtypeStruct(s.shape, jnp.float32 if p in learn else dtype)
+        for p, s in specs(model).items()
+    }
+    trainable = nest({p: a for p, a in abstract.items() if p in learn})
+    frozen = nest({p: a for p, a in abstract.items() if p not in learn})
+    graphdef = nnx.graphdef(model)
+
+    def attend(q, k, v, segment_ids):
+        del segment_ids
+        groups = q.shape[2] // k.shape[2]
+        return q + jnp.repeat(k + v, groups, axis=2)
+
+    def loss(trainable, frozen, tokens):
+        model = nnx.merge(graphdef, merge_trees(trainable, frozen))
+        x = model.embed[...][tokens].astype(dtype)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        ctx = LayerContext(*rope_tables(config, positions), None, attend)
+        block, layers = nnx.split(model.layers)
+        layers = nnx.to_pure_dict(layers)
+        for i in range(num_layers):
+            x = nnx.merge(block, jax.tree.map(lambda a, i=i: a[i], layers))(x, ctx)
+        head = model.embed if model.head is None else model.head
+        logits = jnp.einsum(
+            "BTD,VD->BTV",
+            model.final_norm(x),
+            head[...].astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+        targets = jnp.roll(tokens, -1, axis=1)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
+
+    tokens = jax.ShapeDtypeStruct((1, program.seq_len), jnp.int32)
+    return jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen, tokens)

@@ -1,0 +1,105 @@
+"""The training state: one pytree that a step takes and returns."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl.models.params import initial_value, nest, specs
+from jaxrl.models.transformer import Transformer
+from jaxrl.parallel.sharding import check_divides, partition_spec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """step: int32 scalar. params: fp32 masters of what learns. frozen: the rest (LoRA's base).
+
+    opt_state: the optimizer's, fp32. Parameter trees are nested dicts by the model's paths.
+    """
+
+    step: Any
+    params: Any
+    frozen: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLayout:
+    """Shapes and shardings of a model's `TrainState` on a mesh; allocates nothing.
+
+    With LoRA variables in the model only they learn, and the base is held in `frozen_dtype`.
+    """
+
+    model: Transformer
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    frozen_dtype: Any = jnp.bfloat16
+
+    def __post_init__(self):
+        for path, spec in specs(self.model).items():
+            check_divides(path, spec, self.mesh)
+
+    @property
+    def trainable_specs(self):
+        return specs(self.model, nnx.LoRAParam) or specs(self.model)
+
+    @property
+    def frozen_specs(self):
+        return {p: s for p, s in specs(self.model).items() if p not in self.trainable_specs}
+
+    def param_partition(self):
+        """(trainable, frozen) nested dicts of PartitionSpecs."""
+        trees = (self.trainable_specs, self.frozen_specs)
+        return tuple(nest({p: partition_spec(s.axes) for p, s in t.items()}) for t in trees)
+
+    def abstract(self) -> TrainState:
+        """The state as ShapeDtypeStructs with their shardings."""
+
+        def struct(tree, dtype):
+            return nest(
+                {
+                    p: jax.ShapeDtypeStruct(s.shape, dtype, sharding=self._sharding(s.axes))
+                    for p, s in tree.items()
+                }
+            )
+
+        params = struct(self.trainable_specs, jnp.float32)
+        opt_state = jax.eval_shape(self.optimizer.init, params)
+        opt_state = optax.tree.map_params(
+            self.optimizer,
+            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p.sharding),
+            opt_state,
+            params,
+            transform_non_params=self._replicated,
+        )
+        step = self._replicated(jax.ShapeDtypeStruct((), jnp.int32))
+        return TrainState(step, params, struct(self.frozen_specs, self.frozen_dtype), opt_state)
+
+    def shardings(self) -> TrainState:
+        return jax.tree.map(lambda s: s.sharding, self.abstract())
+
+    def initialize(self, key: jax.Array) -> TrainState:
+        """A fresh state with random parameters, made where it will live."""
+
+        def make(key):
+            def values(tree, dtype):
+                return nest({p: initial_value(p, s, key, dtype) for p, s in tree.items()})
+
+            params = values(self.trainable_specs, jnp.float32)
+            frozen = values(self.frozen_specs, self.frozen_dtype)
+            step = jnp.zeros((), jnp.int32)
+            return TrainState(step, params, frozen, self.optimizer.init(params))
+
+        return jax.jit(make, out_shardings=self.shardings())(key)
+
+    def _sharding(self, axes):
+        return NamedSharding(self.mesh, partition_spec(axes))
+
+    def _replicated(self, s):
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)

@@ -1,0 +1,311 @@
+"""The training step: one jitted function of (state, batch), for RL and SFT, full and LoRA.
+
+Layout: inside one `shard_map` over the mesh, a loop over micro-batches; each embeds, runs the
+layers forward, pulls the loss back through the head in chunks of tokens, and runs the layers
+backward, adding every gradient into one fp32 accumulator sharded like the parameters. The
+optimizer's update follows outside, elementwise on the sharded trees.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxrl.config import StepConfig
+from jaxrl.models.attention import LayerContext
+from jaxrl.models.layers import rope_tables
+from jaxrl.models.transformer import merge_trees
+from jaxrl.ops.attention import Attend, resolve_attention
+from jaxrl.ops.linear import cast_params
+from jaxrl.ops.logprob import token_logprob
+from jaxrl.ops.tokenwise import pull_back, tokenwise
+from jaxrl.parallel import vocab
+from jaxrl.parallel.sharding import gather, reduce_gradient, sharded_dim
+from jaxrl.train.backprop import LayerStack
+from jaxrl.train.losses import RLTokens, rl_loss
+from jaxrl.train.state import StateLayout, TrainState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """M micro-batches of B rows of T tokens, all [M, B, T]; B is split over the mesh.
+
+    loss_mask: 1 where the token, as a target, is trained. positions: default 0..T-1.
+    segment_ids: documents of a packed row (runs of equal ids); default one document per row.
+    advantages, sampler_logprobs: of each token; RL only.
+    """
+
+    tokens: Int[Array, "M B T"]
+    loss_mask: Int[Array, "M B T"]
+    positions: Int[Array, "M B T"] | None = None
+    segment_ids: Int[Array, "M B T"] | None = None
+    advantages: Float[Array, "M B T"] | None = None
+    sampler_logprobs: Float[Array, "M B T"] | None = None
+
+
+BATCH_SPEC = PartitionSpec(None, "fsdp", None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Predictions:
+    """A batch as seen from the predicting position: everything but `tokens` is the next token's."""
+
+    tokens: jax.Array
+    targets: jax.Array
+    mask: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array | None
+    advantages: jax.Array | None
+    sampler_logprobs: jax.Array | None
+
+
+def _predictions(batch: Batch) -> _Predictions:
+    def following(a: jax.Array) -> jax.Array:
+        return jnp.pad(a[..., 1:], [(0, 0)] * (a.ndim - 1) + [(0, 1)])
+
+    mask = following(batch.loss_mask).astype(bool)
+    if batch.segment_ids is not None:  # a document's first token follows nothing
+        same = batch.segment_ids[..., 1:] == batch.segment_ids[..., :-1]
+        mask = mask & jnp.pad(same, [(0, 0)] * (same.ndim - 1) + [(0, 1)])
+    positions = batch.positions
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(mask.shape[-1], dtype=jnp.int32), mask.shape)
+    return _Predictions(
+        batch.tokens,
+        following(batch.tokens),
+        mask,
+        positions,
+        batch.segment_ids,
+        *(None if a is None else following(a) for a in (batch.advantages, batch.sampler_logprobs)),
+    )
+
+
+def head_chunk(vocab_size: int, backend: str) -> int:
+    """Tokens whose fp32 logits fill about 300 MiB (GPU) or 64 MiB (CPU, near its caches)."""
+    budget = (320 if backend == "gpu" else 64) * 2**20
+    return max(128, 1 << (budget // (4 * vocab_size)).bit_length() - 1)
+
+
+def mlp_chunk(backend: str, *, lora: bool) -> int:
+    """Tokens the MLP works on at a time; 0 on CPU, where memory is not what is short.
+
+    Full fine-tuning takes larger chunks: each one reads and writes the weights' fp32 gradient.
+    """
+    if backend != "gpu":
+        return 0
+    return 2048 if lora else 4096
+
+
+class TrainStep:
+    """`step(state, batch) -> (state, metrics)`, jitted and donating the state.
+
+    metrics, fp32 scalars over the global batch: loss, grad_norm, entropy, tokens (trained
+    ones); RL adds mismatch_kl and the kept and dropped fractions.
+    """
+
+    def __init__(self, layout: StateLayout, config: StepConfig, *, backend: str | None = None):
+        self.layout = layout
+        self.backend = backend or jax.default_backend()
+        lora, keep_all = bool(layout.frozen_specs), config.ac == "none"
+        self.config = dataclasses.replace(
+            config,
+            head_chunk=config.head_chunk
+            or head_chunk(layout.model.config.vocab_size, self.backend),
+            # A chunk's intermediates are recomputed: not with ac "none".
+            mlp_chunk=0 if keep_all else config.mlp_chunk or mlp_chunk(self.backend, lora=lora),
+        )
+        self.dtype = jnp.dtype(config.compute_dtype)
+        state = layout.shardings()
+        self.jitted = jax.jit(
+            self._step,
+            in_shardings=(state, NamedSharding(layout.mesh, BATCH_SPEC)),
+            out_shardings=(state, NamedSharding(layout.mesh, PartitionSpec())),
+            donate_argnums=0,
+        )
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        return self.jitted(state, batch)
+
+    def attention(self, *, packed: bool) -> Attend:
+        """The attention implementation this step resolves to."""
+        return resolve_attention(
+            self.config.attention,
+            backend=self.backend,
+            dtype=self.dtype,
+            head_dim=self.layout.model.config.head_dim,
+            packed=packed,
+        )
+
+    def gradients(self, params, frozen, batch: Batch):
+        """(gradient tree like params, fp32; metrics), summed over micro-batches and devices."""
+        trainable_spec, frozen_spec = self.layout.param_partition()
+        return jax.shard_map(
+            _Gradients(self),
+            mesh=self.layout.mesh,
+            in_specs=(trainable_spec, frozen_spec, BATCH_SPEC),
+            out_specs=(trainable_spec, PartitionSpec()),
+            check_vma=False,
+        )(params, frozen, batch)
+
+    def _step(self, state: TrainState, batch: Batch):
+        grads, metrics = self.gradients(state.params, state.frozen, batch)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self.layout.optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+
+
+class _Gradients:
+    """The body of the `shard_map`: everything here sees one device's shards."""
+
+    def __init__(self, step: TrainStep):
+        layout, self.config, self.dtype = step.layout, step.config, step.dtype
+        self.model = layout.model
+        self.size = layout.mesh.shape["fsdp"]
+        self.attention = step.attention
+        self.trainable_spec, frozen_spec = layout.param_partition()
+        # Inside the loop over layers the parameters have lost their first dimension.
+        drop = lambda tree: jax.tree.map(lambda s: PartitionSpec(*s[1:]), tree)  # noqa: E731
+        self.layer_specs = (
+            drop(self.trainable_spec.get("layers", {})),
+            drop(frozen_spec.get("layers", {})),
+        )
+        self.block_def = nnx.graphdef(self.model.layers)
+        self.norm_def = nnx.graphdef(self.model.final_norm)
+
+    def __call__(self, params, frozen, whole: Batch):
+        batch = _predictions(whole)
+        total = self._sum_devices(jnp.sum(batch.mask, dtype=jnp.float32))
+        scale = 1.0 / jnp.maximum(total, 1.0)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        micro = functools.partial(self.micro_batch, params, frozen, scale)
+        if batch.tokens.shape[0] == 1:
+            grads, metrics = micro(zeros, jax.tree.map(lambda a: a[0], batch))
+        else:
+            grads, metrics = jax.lax.scan(micro, zeros, batch)
+            metrics = jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics)
+        # Sharded parameters were reduced layer by layer; replicated ones are now, once.
+        grads = jax.tree.map(
+            lambda g, s: self._sum_devices(g) if sharded_dim(s) is None else g,
+            grads,
+            self.trainable_spec,
+        )
+        metrics = {k: self._sum_devices(m) * scale for k, m in metrics.items()}
+        metrics["tokens"] = total
+        return grads, metrics
+
+    def micro_batch(self, params, frozen, scale, grads, batch: _Predictions):
+        """(grads + this micro-batch's, summed metrics); arrays of the batch are [B, T]."""
+        B, T = batch.tokens.shape
+        table = (params if "embed" in params else frozen)["embed"]
+        flat = batch.tokens.reshape(-1)
+        with jax.named_scope("embed"):
+            x = vocab.embed(table, flat, axis_size=self.size, dtype=self.dtype)
+        stack = LayerStack(
+            functools.partial(self.layer, self.attention(packed=batch.segment_ids is not None).fn),
+            ac=self.config.ac,
+            fetch=self.fetch,
+            reduce=self.reduce,
+        )
+        layers, frozen_layers = params.get("layers", {}), frozen.get("layers", {})
+        constants = (rope_tables(self.model.config, batch.positions), batch.segment_ids)
+        x, saved = stack.forward(layers, frozen_layers, constants, x.reshape(B, T, -1))
+        with jax.named_scope("head"):
+            grads, dx, metrics = self.head(params, frozen, scale, grads, batch, x)
+        layer_grads, dx = stack.backward(
+            layers, frozen_layers, constants, saved, dx.reshape(x.shape), grads["layers"]
+        )
+        grads = grads | {"layers": layer_grads}
+        if "embed" in params:
+            with jax.named_scope("embed"):
+                grads["embed"] = vocab.add_embed_gradient(
+                    grads["embed"], flat, dx.reshape(B * T, -1), axis_size=self.size
+                )
+        return grads, metrics
+
+    def layer(self, attend, trainable, constants, x):
+        frozen, ((cos, sin), segment_ids) = constants
+        block = nnx.merge(self.block_def, merge_trees(trainable, frozen))
+        return block(x, LayerContext(cos, sin, segment_ids, attend, self.config.mlp_chunk))
+
+    def head(self, params, frozen, scale, grads, batch: _Predictions, x):
+        """Loss and its pull-back through final norm and head.
+
+        Returns (grads, dx, metrics) with the head's gradients added; x [B, T, D].
+        """
+        name = "embed" if self.model.config.tie_embeddings else "head"
+        full = name in params
+
+        def pick(tree):
+            return {"norm": tree["final_norm"], "w": tree[name]}
+
+        trainable, fixed = (pick(params), {}) if full else ({}, pick(frozen))
+
+        def logprobs(trainable, fixed, inputs):
+            x, targets = inputs
+            weights = trainable or fixed
+            x = nnx.merge(self.norm_def, weights["norm"])(x)
+            axis = "fsdp" if self.size > 1 else None
+            return token_logprob(x, weights["w"], targets, self.config.temperature, axis)
+
+        inputs = (x.reshape(-1, x.shape[-1]), batch.targets.reshape(-1))
+        chunk = self.config.head_chunk
+        mask = batch.mask
+        if self.config.type == "sft":
+            weight = -scale * mask.astype(jnp.float32)
+            metrics = {}
+        else:
+            values, _ = tokenwise(logprobs, trainable, fixed, inputs, chunk=chunk)
+            if batch.sampler_logprobs is None or batch.advantages is None:
+                raise ValueError("an RL batch needs advantages and sampler_logprobs [M, B, T]")
+            rl = RLTokens(batch.sampler_logprobs, batch.advantages, mask, batch.segment_ids)
+            loss = functools.partial(rl_loss, tokens=rl, config=self.config.loss)
+            (value, metrics), weight = jax.value_and_grad(loss, has_aux=True)(
+                values.reshape(mask.shape)
+            )
+            weight = weight * scale
+            metrics["loss"] = value
+        weight = weight.reshape(-1)
+        head_grads = pick(grads) if full else {}
+        # A replicated parameter's accumulator is this device's own sum until the step's end.
+        head_grads, (dx, _), (values, entropy) = pull_back(
+            logprobs,
+            trainable,
+            fixed,
+            inputs,
+            (weight, jnp.zeros_like(weight)),
+            head_grads,
+            chunk=chunk,
+        )
+        if full:
+            grads = grads | {"final_norm": head_grads["norm"], name: head_grads["w"]}
+        flat_mask = mask.reshape(-1)
+        if self.config.type == "sft":
+            metrics["loss"] = -jnp.sum(jnp.where(flat_mask, values, 0.0))
+        metrics["entropy"] = jnp.sum(jnp.where(flat_mask, entropy, 0.0))
+        return grads, dx, metrics
+
+    def fetch(self, trainable, frozen):
+        """One layer's parameters, whole, in the compute dtype; trainable ones as fp32 by type."""
+        low = cast_params((trainable, frozen), self.dtype)
+        whole = jax.tree.map(lambda p, s: gather(p, s, self.size), low, self.layer_specs)
+        return cast_params(whole[0], jnp.float32), whole[1]
+
+    def reduce(self, grads):
+        """One layer's gradients -> this device's shards, summed over devices in fp32."""
+        return jax.tree.map(
+            lambda g, s: g if sharded_dim(s) is None else reduce_gradient(g, s, self.size),
+            grads,
+            self.layer_specs[0],
+        )
+
+    def _sum_devices(self, x):
+        return jax.lax.psum(x, "fsdp") if self.size > 1 else x

@@ -1,0 +1,139 @@
+"""Host memory while a checkpoint is loaded and saved, and loading onto several devices.
+
+The measuring runs in a process of its own (this file as a script), with 4 virtual CPU devices.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxrl import load_pretrained, save_pretrained
+from jaxrl.models.config import ModelConfig
+from jaxrl.models.hf import hf_names
+from jaxrl.models.hf_config import config_json
+from jaxrl.models.params import specs
+from jaxrl.models.safetensors_folder import Pending, write_json, write_tensors
+from jaxrl.models.transformer import Transformer
+from jaxrl.parallel.mesh import make_mesh
+
+# 14 layers of 7 equally large matrices: 207 MB in bf16, the largest parameter 1/7 of it.
+CONFIG = ModelConfig(
+    name="wide",
+    architecture="LlamaForCausalLM",
+    vocab_size=512,
+    hidden_size=1024,
+    num_layers=14,
+    num_heads=16,
+    num_kv_heads=16,
+    head_dim=64,
+    intermediate_size=1024,
+    rope_theta=1e4,
+    tie_embeddings=True,
+)
+SHARD = 40_000_000
+
+
+def write_checkpoint(folder: Path) -> None:
+    def tensor(seed, shape):
+        values = np.random.default_rng(seed).integers(-100, 100, shape, np.int8)
+        return values.astype(ml_dtypes.bfloat16)
+
+    tensors = []
+    for spec in specs(Transformer(CONFIG)).values():
+        for name, i in hf_names(spec):
+            shape = spec.shape if i is None else spec.shape[1:]
+            shape = shape[::-1] if spec.hf_transposed else shape
+            seed, nbytes = len(tensors), 2 * int(np.prod(shape))
+            tensors.append(Pending(name, nbytes, lambda a=seed, b=shape: tensor(a, b)))
+    folder.mkdir()
+    write_tensors(folder, tensors, max_shard_bytes=SHARD)
+    write_json(folder / "config.json", config_json(CONFIG, jnp.bfloat16, {}))
+
+
+def memory_of(action):
+    """(what `action` returns, by how many bytes the process grew at most while it ran)."""
+
+    def status(key):
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if key in x)
+        return 1024 * int(line.split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
+    before = status("VmRSS")
+    result = action()
+    return result, status("VmHWM") - before
+
+
+def parameters(model) -> list[jax.Array]:
+    return [v.get_value() for _, v in nnx.to_flat_state(nnx.state(model))]
+
+
+def measure(folder: str) -> None:
+    jax.block_until_ready(jnp.ones(8)[0] + 1)  # starts JAX before anything is measured
+    model, loading = memory_of(lambda: load_pretrained(folder))
+    params = parameters(model)
+    saved = Path(folder).parent / "saved"
+    _, saving = memory_of(lambda: save_pretrained(model, saved, max_shard_bytes=SHARD))
+
+    sharded = load_pretrained(folder, mesh=make_mesh(jax.devices()))
+    q = sharded.layers.attention.q.kernel.get_value()
+    same = all(
+        np.array_equal(np.asarray(a), np.asarray(b))
+        for a, b in zip(params, parameters(sharded), strict=True)
+    )
+    report = {
+        "bytes": sum(p.nbytes for p in params),
+        "loading": loading,
+        "saving": saving,
+        "saved_shards": len(list(saved.glob("*.safetensors"))),
+        "same": same,
+        "q_shard": q.addressable_shards[0].data.shape,
+    }
+    print(json.dumps(report))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("reads the peak memory from Linux's /proc")
+    folder = tmp_path_factory.mktemp("memory") / "wide"
+    write_checkpoint(folder)
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_loading_never_holds_the_checkpoint_twice(report):
+    assert report["bytes"] > 200e6
+    # All parameters once, and two further copies (host, mapped file) of the one in flight.
+    assert 0.9 < report["loading"] / report["bytes"] < 1 + 2 / 7
+
+
+def test_saving_holds_little_more_than_one_shard(report):
+    assert report["saved_shards"] == 6
+    assert report["saving"] < 3 * SHARD
+
+
+def test_a_mesh_gets_the_same_values_in_shards(report):
+    assert report["same"]
+    assert report["q_shard"] == [14, 1024 // 4, 1024]
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1])

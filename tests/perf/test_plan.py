@@ -1,0 +1,105 @@
+"""What a planned row says of its program: real programs, compiled for GPUs that are not here."""
+
+import functools
+
+import pytest
+
+from jaxrl.config import BenchConfig
+from jaxrl.perf import compile_only, flops, hlo, plan
+from jaxrl.perf.hardware import GiB
+from jaxrl.perf.rows import parse_row
+from jaxrl.train.program import floor_bytes
+
+pytestmark = pytest.mark.slow
+MODEL = "Qwen3-0.6B"
+
+
+@functools.cache
+def compiled(text: str):
+    """(program, compiled for the GPUs of the row, its HLO summary)."""
+    row = parse_row(MODEL, text)
+    devices = compile_only.topology(row.gpu, row.num_gpus)
+    program = plan.program_for(row, BenchConfig(), devices, backend="gpu")
+    with compile_only.as_device(program.layout.mesh), compile_only.cudnn_assumed():
+        program_compiled = compile_only.compile_for(program.lower())
+    return program, program_compiled, hlo.summarize(program_compiled.as_text() or "")
+
+
+EIGHT = "rl full 16384 recompute fa3 8xH100"
+OFFLOAD = "rl lora16 65536 offload fa2 1xA6000"
+
+
+def test_flash_attention_runs_as_often_as_it_should():
+    program, _, summary = compiled(EIGHT)
+    runs = program.layout.model.config.num_layers * program.micro_batches
+    forward = summary.custom_calls["__cudnn$fmhaSoftmax"]
+    assert (forward, summary.custom_calls["__cudnn$fmhaSoftmaxBackward"]) == (2 * runs, runs)
+
+
+def test_no_array_of_tokens_times_vocabulary():
+    program, _, summary = compiled(EIGHT)
+    tokens, vocab = program.seq_len, program.layout.model.config.vocab_size
+    assert max(a.bytes for a in summary.largest_arrays) < tokens * vocab
+    # Nor the whole embedding table on any device: it is not gathered, and neither is its gradient.
+    whole = [a for a in summary.largest_arrays if vocab in a.dims]
+    assert not whole
+
+
+def test_gradients_are_reduced_in_fp32():
+    _, done, _ = compiled(EIGHT)
+    scatters = [x for x in (done.as_text() or "").splitlines() if " reduce-scatter-start(" in x]
+    assert scatters
+    for line in scatters:  # embedding's rows are not summed, they only travel
+        assert "bf16[" not in line.split(" reduce-scatter-start(")[0] or "/embed/" in line
+
+
+def test_weights_are_gathered_twice_a_micro_batch_beside_compute():
+    program, _, summary = compiled(EIGHT)
+    layers = [s for p, s in program.layout.trainable_specs.items() if p[0] == "layers"]
+    weights = 2 * sum(s.size for s in layers if len(s.shape) == 3)  # bytes, bf16
+    gathers = [c for c in summary.collectives if c.kind == "all-gather" and c.is_async]
+    total = sum(c.bytes * c.calls for c in gathers)
+    # The rest, a little, is the tokens that visit the vocabulary's shards.
+    assert 1.0 <= total / (2 * program.micro_batches * weights) < 1.2
+    assert all(c.is_async for c in summary.collectives if c.kind == "reduce-scatter")
+
+
+def test_offload_puts_the_layers_inputs_into_host_memory():
+    program, done, _ = compiled(OFFLOAD)
+    config = program.layout.model.config
+    inputs = config.num_layers * program.seq_len * config.hidden_size * 2
+    memory = compile_only.memory(done)
+    assert memory.host_temp >= inputs
+    assert memory.peak < floor_bytes(program) + inputs / 3
+
+
+def test_peak_stays_close_to_the_floor_and_below_the_page():
+    program, done, _ = compiled(EIGHT)
+    assert 1.0 < compile_only.memory(done).peak / floor_bytes(program) < 1.2
+    program, done, _ = compiled(OFFLOAD)
+    assert compile_only.memory(done).peak_gib < 0.95 * 7.9  # the page's 1xH100 row
+
+
+def test_hardware_flops_are_the_models_plus_recomputation():
+    program, done, _ = compiled(EIGHT)
+    counted = plan.count_flops(program, done.as_text() or "")
+    model, tokens = program.layout.model.config, program.seq_len
+    exact = flops.model_flops_per_token(model, tokens)
+    assert counted["model_flops_per_token"] == pytest.approx(exact, rel=0.01)
+    ratio = counted["hardware_flops_per_step"] / (exact * program.tokens_per_step)
+    # Layers and head run forward twice, and flash backward recomputes its scores: 8/6 and a little.
+    assert 1.25 < ratio < 1.45
+
+
+def test_a_row_that_does_not_fit_says_so():
+    row = parse_row("Llama-3.1-8B-Instruct", "rl full 65536 recompute fa2 1xA6000")
+    with pytest.raises(ValueError, match=r"needs \d+\.\d GiB on each A6000, which has 47\.5"):
+        plan.plan_row(row, BenchConfig())
+
+
+def test_plan_row_fills_the_keys():
+    row = parse_row(MODEL, "sft lora8 8192 selective cudnn 1xB200")
+    result = plan.plan_row(row, BenchConfig())
+    assert result["attn_compiled"] == "cudnn"
+    assert result["floor_mem_gib"] * GiB > 0 and result["compile_s"] > 0
+    assert result["host_mem_gib"] == 0

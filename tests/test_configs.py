@@ -1,0 +1,56 @@
+"""The config files list exactly the published rows of their model."""
+
+import csv
+import pathlib
+import runpy
+
+import pytest
+
+from jaxrl.config import BenchConfig, from_config
+from jaxrl.models.presets import PRESETS
+from jaxrl.perf.baseline import load_baselines
+from jaxrl.perf.rows import check_rows, filter_rows, parse_row
+
+ROOT = pathlib.Path(__file__).parents[1]
+COUNTS = {
+    "qwen3_0_6b": 14,
+    "qwen3_4b": 21,
+    "llama3_1_8b": 2,
+    "llama3_2_1b": 2,
+    "llama3_2_3b": 2,
+}
+
+
+def read(name, *args):
+    return from_config(
+        BenchConfig, runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"](*args)
+    )
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_rows_are_the_published_ones(name):
+    config = read(name)
+    rows = [parse_row(config.model, text) for text in config.table]
+    published = [row for row in load_baselines("prime_rl") if row.model == config.model]
+    assert len(rows) == len(set(rows)) == COUNTS[name]
+    assert rows == published
+    assert config.model in PRESETS
+    check_rows(rows)
+
+
+def test_the_argument_filters():
+    config = read("qwen3_4b", "gpu=H100,num_gpus=1")
+    rows = [parse_row(config.model, text) for text in config.table]
+    assert {row.hardware for row in filter_rows(rows, config.rows)} == {"1xH100"}
+
+
+def test_baseline_counts_the_training_step_of_rl_full_alone():
+    with (ROOT / "bench/baselines/prime_rl.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    baselines = load_baselines("prime_rl")
+    assert len(baselines) == len(lines) == 70
+    full = baselines[parse_row("Qwen3-0.6B", "rl full 16384 recompute fa3 1xH100")]
+    assert (full.tps, full.step_time_s, full.peak_mem_gib) == (16447, 1.0, 12.5)
+    assert full.mfu_pct == pytest.approx(11.1 * 16447 / 11900, abs=0.01)
+    lora = baselines[parse_row("Qwen3-0.6B", "rl lora16 16384 recompute fa3 1xH100")]
+    assert (lora.tps, lora.mfu_pct) == (13340, 10.9)
