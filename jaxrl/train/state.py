@@ -88,7 +88,10 @@ class StateLayout:
 
         def make(key):
             def values(tree, dtype):
-                return nest({p: initial_value(p, s, key, dtype) for p, s in tree.items()})
+                turns = self.mesh.size == 1
+                return nest(
+                    {p: initial_value(p, s, key, dtype, in_turns=turns) for p, s in tree.items()}
+                )
 
             params = values(self.trainable_specs, jnp.float32)
             frozen = values(self.frozen_specs, self.frozen_dtype)
