@@ -95,7 +95,8 @@ def initial_value(
     """One parameter's initial value; its random stream depends on `key` and its path only.
 
     in_turns: a large array's rows are drawn 64 at a time, which needs a third of the memory and
-    half of the time on one device, but would make a loop over a sharded dimension. Same values, to rounding.
+    half of the time on one device, but would make a loop over a sharded dimension. The values are
+    the same, to rounding.
     """
     # crc32 rather than hash(): the same stream in every process.
     key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
