@@ -19,8 +19,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 FAKE = (sys.executable, str(ROOT / "tests/perf/fake_worker.py"))
 CONFIG = f"--config={ROOT}/configs/qwen3_0_6b.py"
 MAIN = f"""
-import functools, sys
+import functools, signal, sys
 from jaxrl import bench, cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit "ignore"
 cli.run(functools.partial(bench.main, worker_command={FAKE!r}))
 """
 SMALL = "--config.rows=gpu=H100,seq_len=16384"  # 3 rows, and the proxy
