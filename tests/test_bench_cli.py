@@ -165,21 +165,34 @@ def test_help_and_parent_import_no_jax():
 def test_ctrl_c_keeps_finished_rows_and_ends_the_workers(tmp_path):
     env = os.environ | {"FAKE_WORKER": '{"rl-16": "hang"}'}
     argv = [CONFIG, SMALL, f"--config.output={tmp_path}", "--config.jobs=1"]
+    # The workers carry this test's folder in their arguments, to be told from other tests'.
+    main = MAIN.replace(repr(FAKE), repr((*FAKE, str(tmp_path))))
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, *argv], stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT
+        [sys.executable, "-c", main, *argv], stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT
     )
     path = tmp_path / "results.jsonl"
     deadline = time.monotonic() + 60
     while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(0.5)
+    workers = _processes(str(tmp_path)) - {process.pid}
     process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=30)[1]
+    try:
+        stderr = process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+    assert workers and not _processes(str(tmp_path))
     assert process.returncode == 130
     assert stderr.startswith("interrupted; finished rows are in ") and stderr.count("\n") == 1
     assert [json.loads(x)["status"] for x in path.read_text().splitlines()] == ["ok"]
-    left = subprocess.run(["ps", "-eo", "args="], capture_output=True, text=True).stdout
-    assert not [line for line in left.splitlines() if FAKE[1] in line]
+
+
+def _processes(argument: str) -> set[int]:
+    """Ids of the processes with this argument."""
+    ps = subprocess.run(
+        ["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=True
+    )
+    return {int(x.split()[0]) for x in ps.stdout.splitlines() if argument in x}
 
 
 def test_two_benches_do_not_share_a_folder(tmp_path):

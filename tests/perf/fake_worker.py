@@ -11,7 +11,7 @@ import time
 
 
 def main():
-    channel = int(sys.argv[1])
+    channel = int(sys.argv[-1])
 
     def send(**message):
         os.write(channel, json.dumps(message).encode() + b"\n")
