@@ -18,6 +18,8 @@ def use_cpu_without_gpu() -> None:
     The plugin is installed on such hosts to compile for GPUs (the `plan` extra); probing would
     print a traceback. Leaves a platform that the user chose alone.
     """
+    # Triton warns of a default to come; our kernels say what they want, tokamax's want the old one.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if has_nvidia_gpu():
         return
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

@@ -39,7 +39,6 @@ class Training:
             lora=LoraOptions(),
             seq_len=len(tokens),
             micro_batches=1,
-            backend="cpu",
         )
         start = time.perf_counter()
         self.compiled = program.lower().compile()

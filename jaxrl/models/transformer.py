@@ -11,6 +11,7 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.models.layers import MLP, RMSNorm, rope_tables
 from jaxrl.models.params import Scope, initial_value, nest, specs
 from jaxrl.ops.attention import resolve_attention
+from jaxrl.ops.registry import Target
 from jaxrl.ops.tokenwise import tokenwise
 
 
@@ -94,7 +95,7 @@ class Transformer(nnx.Module):
         segment_ids,
         dtype,
         *,
-        backend: str | None = None,
+        target: Target | None = None,
         mlp_chunk: int = 0,
     ) -> LayerContext:
         """The layers' shared inputs for a [B, T] batch; resolves the attention implementation."""
@@ -102,7 +103,7 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
         attend = resolve_attention(
             self.attention,
-            backend=backend or jax.default_backend(),
+            target=target or Target.here(),
             dtype=dtype,
             head_dim=self.config.head_dim,
             packed=segment_ids is not None,

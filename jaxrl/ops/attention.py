@@ -1,4 +1,4 @@
-"""Causal attention: which implementation runs, decided once, by name."""
+"""Attention: one function, several implementations, of which one is chosen once, by name."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,11 +6,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxrl_kernels.documents import document_bounds
+from jaxrl_kernels.flash_attention import reference, triton
+from jaxrl_kernels.launch import why_not_triton
 from jaxtyping import Array, Float, Int
 
+from jaxrl.ops import tokamax_kernels
 from jaxrl.ops.attention_xla import blocked_attention
-
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "reference")
+from jaxrl.ops.registry import Implementation, Op, Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,21 +24,46 @@ class Attend:
     fn: Callable
 
 
-def resolve_attention(name: str, *, backend: str, dtype, head_dim: int, packed: bool) -> Attend:
-    """The implementation for `name` on `backend` ("cpu" or "gpu").
+def flash_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    return_lse: bool = False,
+    implementation: str = "auto",
+    target: Target | None = None,
+) -> Array | tuple[Array, Array]:
+    """softmax(scale q k^T) v within documents [B, T, N, H], sums in fp32; arXiv:2205.14135.
 
-    "auto": cudnn on GPUs where it can run, else xla. An explicit request that cannot be met is a
-    `ValueError` that says why and what could run.
+    N is a multiple of K (grouped queries; keys are not repeated). segment_ids: runs of equal ids
+    are documents. scale: default 1 / sqrt(H). return_lse: also the log-sum-exp of each query's
+    scores, fp32 [B, N, T], differentiable. target: what the program is for, default the default
+    device. Raises ValueError where `implementation` cannot do this there, naming those that can.
+
+    Kernels are opaque to the SPMD partitioner: over several devices, call it in a `shard_map`.
     """
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown attention {name!r}; one of {', '.join(IMPLEMENTATIONS)}")
-    why_not = _why_not_cudnn(backend, dtype, head_dim, packed)
-    if name == "auto":
-        name = "xla" if why_not else "cudnn"
-    if name == "cudnn" and why_not:
-        raise ValueError(f"attention 'cudnn' {why_not}; use 'xla'")
-    functions = {"xla": keepable(blocked_attention), "cudnn": keepable(_cudnn)}
-    return Attend(name, functions.get(name, reference))
+    _, fn = ATTENTION.resolve(
+        implementation,
+        target or Target.here(),
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        packed=segment_ids is not None,
+        causal=causal,
+        lse=return_lse,
+    )
+    return fn(q, k, v, segment_ids, scale=scale, causal=causal, return_lse=return_lse)
+
+
+def resolve_attention(name: str, *, target: Target, dtype, head_dim: int, packed: bool) -> Attend:
+    """The causal attention of a model, for `checkpoint` policies named as `keepable` says.
+
+    Raises ValueError as `Op.resolve` does.
+    """
+    name, fn = ATTENTION.resolve(name, target, dtype=dtype, head_dim=head_dim, packed=packed)
+    return Attend(name, keepable(fn))
 
 
 def keepable(attend: Callable) -> Callable:
@@ -66,37 +94,103 @@ def keepable(attend: Callable) -> Callable:
     return named
 
 
-def _why_not_cudnn(backend: str, dtype, head_dim: int, packed: bool) -> str | None:
-    if backend not in ("gpu", "cuda"):
-        return f"needs an NVIDIA GPU, and this program is for {backend}"
+def _anywhere(target: Target, **_) -> None:
+    return None
+
+
+def _why_not_cudnn(
+    target: Target, *, dtype, head_dim: int, packed: bool, causal: bool = True, lse: bool = False
+) -> str | None:
+    if target.backend != "gpu":
+        return f"needs an NVIDIA GPU, and this program is for {target.backend}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 or float16, not {jnp.dtype(dtype).name}"
     if head_dim > 128 or head_dim % 8:
         return f"takes head_dim up to 128 in steps of 8, not {head_dim}"
     if packed:
         return "has no packed documents (segment_ids)"
+    if lse:
+        return "gives no log-sum-exp that can be differentiated"
     return None
 
 
-def reference(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    segment_ids: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Plain causal attention in fp32 with all T x S scores: the tests' oracle."""
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    grouped = q.reshape(B, T, K, N // K, H).astype(jnp.float32)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k.astype(jnp.float32)) / H**0.5
-    mask = jnp.tril(jnp.ones((T, T), bool))[None]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", jax.nn.softmax(scores), v.astype(jnp.float32))
-    return out.reshape(q.shape).astype(q.dtype)
+def _why_not_triton(
+    target: Target, *, dtype, head_dim: int, packed: bool, causal: bool = True, lse: bool = False
+) -> str | None:
+    if target.backend != "gpu":
+        return f"needs an NVIDIA GPU, and this program is for {target.backend}"
+    if jnp.dtype(dtype).name not in triton.DTYPES:
+        return f"takes {', '.join(triton.DTYPES)}, not {jnp.dtype(dtype).name}"
+    if head_dim > triton.MAX_HEAD_DIM:
+        return f"takes head_dim up to {triton.MAX_HEAD_DIM}, not {head_dim}"
+    return why_not_triton(target.capability)
 
 
-def _cudnn(q, k, v, segment_ids):
-    del segment_ids  # `resolve_attention` refused packed batches
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+def _why_not_tokamax(
+    target: Target, *, dtype, head_dim: int, packed: bool, causal: bool = True, lse: bool = False
+) -> str | None:
+    if target.backend != "gpu":
+        return f"needs an NVIDIA GPU, and this program is for {target.backend}"
+    if lse:
+        return "gives no log-sum-exp that can be differentiated"
+    return tokamax_kernels.why_not_attention(target.capability, dtype, head_dim, packed)
+
+
+def _make_cudnn(target: Target):
+    del target
+
+    def cudnn(q, k, v, segment_ids=None, *, scale=None, causal=True, return_lse=False):
+        del segment_ids, return_lse  # refused
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=causal, implementation="cudnn"
+        )
+
+    return cudnn
+
+
+def _make_triton(target: Target):
+    def ours(q, k, v, segment_ids=None, **options):
+        return triton.flash_attention(
+            q,
+            k,
+            v,
+            segment_ids=segment_ids,
+            gpu=target.gpu,
+            capability=target.capability,
+            **options,
+        )
+
+    return ours
+
+
+def _make_tokamax(target: Target):
+    del target
+
+    def tokamax(q, k, v, segment_ids=None, **options):
+        starts = ends = None
+        if segment_ids is not None:
+            starts, ends = document_bounds(segment_ids)
+        return tokamax_kernels.attention(q, k, v, starts=starts, ends=ends, **options)
+
+    return tokamax
+
+
+def _make_reference(target: Target):
+    del target
+    return lambda q, k, v, segment_ids=None, **options: reference.flash_attention(
+        q, k, v, segment_ids=segment_ids, **options
+    )
+
+
+# In the order in which "auto" looks for one that can run.
+ATTENTION = Op(
+    "attention",
+    (
+        Implementation("cudnn", _make_cudnn, _why_not_cudnn),
+        Implementation("triton", _make_triton, _why_not_triton, ours=True),
+        Implementation("tokamax", _make_tokamax, _why_not_tokamax),
+        Implementation("xla", lambda _: blocked_attention, _anywhere),
+        Implementation("reference", _make_reference, _anywhere),
+    ),
+    never_auto=frozenset({"reference"}),
+)

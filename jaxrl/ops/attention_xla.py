@@ -1,4 +1,4 @@
-"""Blocked causal attention in plain XLA operations: memory linear in T, masked blocks skipped.
+"""Blocked attention in plain XLA operations: memory linear in T, masked blocks skipped.
 
 FlashAttention-2's algorithm (arXiv:2307.08691) as loops over blocks: forward keeps a running
 maximum and sum per query, backward recomputes the probabilities from the log-sum-exp. Blocks above
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxrl_kernels.documents import document_bounds
 from jaxtyping import Array, Float, Int
 
 BLOCK = 256
@@ -23,31 +24,47 @@ def blocked_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
     *,
+    scale: float | None = None,
+    causal: bool = True,
+    return_lse: bool = False,
     block: int = BLOCK,
-) -> Float[Array, "B T N H"]:
-    """Causal softmax(q k^T / sqrt(H)) v, within documents; scores and sums in fp32.
+) -> Any:
+    """softmax(scale q k^T) v within documents, [B, T, N, H]; scores and sums in fp32.
 
-    segment_ids: runs of equal ids are documents. N is a multiple of K (grouped queries).
+    segment_ids: runs of equal ids are documents. N is a multiple of K (grouped queries). scale:
+    default 1 / sqrt(H). return_lse: also the log-sum-exp of the scores, fp32 [B, N, T].
     """
     T = q.shape[1]
     block = min(block, T)
     pad = -T % block
+    bounds = _key_bounds(q.shape[:2], segment_ids, causal=causal, pad=pad)
     if pad:
-        # Padded keys lie after every real query; padded queries' results are cut off.
+        # Padded keys are no query's; padded queries' results are cut off.
         q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
-        if segment_ids is not None:
-            segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)), mode="edge")
-    if segment_ids is not None:
-        # Number the runs, so that ids grow along the row and an id used twice is two documents.
-        new = jnp.diff(segment_ids, axis=1) != 0
-        segment_ids = jnp.pad(jnp.cumsum(new, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    out: Any = _attention(q, k, v, segment_ids, block)
-    return out[:, :T] if pad else out
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    attend: Any = _attention
+    out, lse = attend(q, k, v, bounds, block, scale)
+    out, lse = (out[:, :T], lse[:, :, :T]) if pad else (out, lse)
+    return (out, lse) if return_lse else out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q, k, v, ids, block) -> Any:
-    return _forward(q, k, v, ids, block)[0]
+def _key_bounds(shape, segment_ids, *, causal: bool, pad: int):
+    """(starts, stops) int [B, T + pad]: keys each query sees; None for [0, itself]."""
+    if segment_ids is None and causal:
+        return None
+    B, T = shape
+    position = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    if segment_ids is None:
+        starts, ends = jnp.zeros_like(position), jnp.full_like(position, T)
+    else:
+        starts, ends = document_bounds(segment_ids)
+    stops = position + 1 if causal else ends
+    return tuple(jnp.pad(a, ((0, 0), (0, pad)), mode="edge") for a in (starts, stops))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, bounds, block, scale) -> Any:
+    return _forward(q, k, v, bounds, block, scale)[0]
 
 
 def _blocks(x, block, groups=1):
@@ -64,42 +81,48 @@ def _unblock(x, groups):
     return x.transpose(1, 0, 4, 2, 3, 5).reshape(B, n * rows // groups, K * groups, H)
 
 
-def _first_block(ids, block):
-    """[T/block]: the first key block that any query of a query block may see."""
-    if ids is None:
-        return None
-    T = ids.shape[1]
-    position = jnp.arange(T)
-    starts = jnp.where(
-        jnp.pad(jnp.diff(ids, axis=1), ((0, 0), (1, 0)), constant_values=1), position, 0
-    )
-    start_of_document = jax.lax.cummax(starts, axis=1)
-    return jnp.min(start_of_document[:, ::block], axis=0) // block
+def _rows(x, block, groups):
+    """[B, N, T] -> [T/block, B, K, G*block], as `_blocks`."""
+    B, N, T = x.shape
+    x = x.reshape(B, N // groups, groups, T // block, block)
+    return x.transpose(3, 0, 1, 2, 4).reshape(T // block, B, N // groups, groups * block)
 
 
-def _scores(q, k, i, j, ids, block):
+def _unrow(x, groups):
+    """The inverse of `_rows`."""
+    n, B, K, rows = x.shape
+    x = x.reshape(n, B, K, groups, rows // groups)
+    return x.transpose(1, 2, 3, 0, 4).reshape(B, K * groups, n * rows // groups)
+
+
+def _key_blocks(bounds, block, i):
+    """(first, end) of the key blocks that queries of block i may see, in any row of the batch."""
+    if bounds is None:
+        return 0, i + 1
+    starts, stops = (jax.lax.dynamic_slice_in_dim(a, i * block, block, 1) for a in bounds)
+    return jnp.min(starts) // block, (jnp.max(stops) + block - 1) // block
+
+
+def _scores(q, k, i, j, bounds, block, scale):
     """Masked scores [B, K, G*block, block] (fp32) of query block i and key block j."""
-    s = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32)
-    s = s * (1.0 / q.shape[-1] ** 0.5)
-    return jnp.where(_visible(q.shape[2], i, j, ids, block), s, _NEVER)
+    s = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32) * scale
+    return jnp.where(_visible(q.shape[2], i, j, bounds, block), s, _NEVER)
 
 
-def _visible(num_rows, i, j, ids, block):
+def _visible(num_rows, i, j, bounds, block):
     """[num_rows, block], or [B, 1, num_rows, block]: which keys of block j queries of i may see."""
-    rows = jnp.arange(num_rows) % block
-    visible = (i * block + rows)[:, None] >= (j * block + jnp.arange(block))[None, :]
-    if ids is not None:
-        mine = jax.lax.dynamic_slice_in_dim(ids, i * block, block, 1)
-        theirs = jax.lax.dynamic_slice_in_dim(ids, j * block, block, 1)
-        mine = jnp.tile(mine, (1, num_rows // block))
-        visible = visible & (mine[:, :, None] == theirs[:, None, :])[:, None]
-    return visible
+    keys = j * block + jnp.arange(block)
+    if bounds is None:
+        queries = i * block + jnp.arange(num_rows) % block
+        return queries[:, None] >= keys[None, :]
+    starts, stops = (jax.lax.dynamic_slice_in_dim(a, i * block, block, 1) for a in bounds)
+    starts, stops = (jnp.tile(a, (1, num_rows // block))[:, :, None] for a in (starts, stops))
+    return ((keys >= starts) & (keys < stops))[:, None]
 
 
-def _forward(q, k, v, ids, block):
+def _forward(q, k, v, bounds, block, scale):
     groups = q.shape[2] // k.shape[2]
     qs, ks, vs = _blocks(q, block, groups), _blocks(k, block), _blocks(v, block)
-    first = _first_block(ids, block)
 
     def row(i):
         qi = qs[i]
@@ -107,7 +130,7 @@ def _forward(q, k, v, ids, block):
 
         def column(j, carry):
             top, total, out = carry
-            s = _scores(qi, ks[j], i, j, ids, block)
+            s = _scores(qi, ks[j], i, j, bounds, block, scale)
             new_top = jnp.maximum(top, jnp.max(s, axis=-1))
             p = jnp.exp(s - new_top[..., None])
             fade = jnp.exp(top - new_top)
@@ -122,22 +145,23 @@ def _forward(q, k, v, ids, block):
             jnp.zeros(shape, jnp.float32),
             jnp.zeros(qi.shape, jnp.float32),
         )
-        top, total, out = jax.lax.fori_loop(0 if first is None else first[i], i + 1, column, start)
+        top, total, out = jax.lax.fori_loop(*_key_blocks(bounds, block, i), column, start)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
     out, lse = jax.lax.map(row, jnp.arange(qs.shape[0]))
-    out = _unblock(out, groups)
-    return out, (q, k, v, ids, out, lse)
+    out, lse = _unblock(out, groups), _unrow(lse, groups)
+    return (out, lse), (q, k, v, bounds, out, lse)
 
 
-def _backward(block, residuals, dout):
-    q, k, v, ids, out, lse = residuals
+def _backward(block, scale, residuals, cotangents):
+    q, k, v, bounds, out, lse = residuals
+    dout, dlse = cotangents
     groups = q.shape[2] // k.shape[2]
     qs, ks, vs = _blocks(q, block, groups), _blocks(k, block), _blocks(v, block)
     dos, outs = _blocks(dout, block, groups), _blocks(out, block, groups)
     delta = jnp.sum(dos.astype(jnp.float32) * outs.astype(jnp.float32), axis=-1)
-    first = _first_block(ids, block)
-    scale = 1.0 / q.shape[-1] ** 0.5
+    # d lse / d score is the probability, as in the softmax's own gradient: it joins delta.
+    lse, delta = _rows(lse, block, groups), delta - _rows(dlse, block, groups)
     # Scores are keys by queries here: so no product contracts the first dimension of both sides,
     # which XLA's CPU matmul does at half speed. dq is carried transposed, [B, K, H, G*block].
     kts = jnp.swapaxes(ks, -1, -2)
@@ -149,7 +173,7 @@ def _backward(block, residuals, dout):
         def column(j, carry):
             dqt, dk, dv = carry
             s = f32("BKSH,BKRH->BKSR", ks[j], qi) * scale
-            visible = jnp.swapaxes(_visible(qi.shape[2], i, j, ids, block), -1, -2)
+            visible = jnp.swapaxes(_visible(qi.shape[2], i, j, bounds, block), -1, -2)
             p = jnp.exp(jnp.where(visible, s, _NEVER) - lse_i)
             dp = f32("BKSH,BKRH->BKSR", vs[j], doi)
             ds = (p * (dp - delta_i) * scale).astype(q.dtype)
@@ -161,8 +185,7 @@ def _backward(block, residuals, dout):
 
         B, K, R, H = qi.shape
         dqt, dk, dv = jax.lax.fori_loop(
-            0 if first is None else first[i],
-            i + 1,
+            *_key_blocks(bounds, block, i),
             column,
             (jnp.zeros((B, K, H, R), jnp.float32), *carry),
         )

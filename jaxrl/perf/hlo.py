@@ -26,6 +26,7 @@ COLLECTIVES = (
 )
 GEMM_TARGETS = ("__cublas$gemm", "__cublas$lt$matmul")  # and the latter's $f8
 _LIBRARY_FUSION = '"fusion_config":{"kind":"__ynn_fusion"'
+_DECLARED_FLOPS = r'cost_estimate_json = "\{[^}]*\\22flops\\22: (\d+)'
 UNCOUNTED = ("convolution", "ragged-dot", "scaled-dot")
 
 type Shape = tuple[str, tuple[int, ...]]  # ("bf16", (2048, 512))
@@ -33,11 +34,15 @@ type Shape = tuple[str, tuple[int, ...]]  # ("bf16", (2048, 512))
 
 @dataclasses.dataclass(frozen=True)
 class CallSite:
-    """A custom call: its target, where it comes from (`op_name`), operand shapes, times it runs."""
+    """A custom call: its target, where it comes from (`op_name`), operand shapes, times it runs.
+
+    flops: of one run, where the call declares them (`cost_estimate_json`: jax-triton), else None.
+    """
 
     target: str
     op_name: str
     operands: tuple[Shape, ...]
+    flops: int | None
     count: int
 
 
@@ -168,7 +173,7 @@ class _Counts:
         return HloSummary(
             flops=self.flops,
             custom_calls=targets,
-            call_sites=tuple(CallSite(t, name, x, n) for (t, name, x), n in self.calls.items()),
+            call_sites=tuple(CallSite(*key, count=n) for key, n in self.calls.items()),
             collectives=tuple(
                 Collective(kind, size, calls, is_async)
                 for (kind, size, is_async), calls in self.collectives.items()
@@ -239,7 +244,8 @@ class _Module:
     def _custom_call(self, total: _Counts, i: _Instruction, table) -> None:
         target = i.attribute(r'custom_call_target="([^"]*)"')
         shapes = tuple(s for name in i.operands() for s in _shapes(table[name].shape))
-        total.calls[target, i.op_name, shapes] += 1
+        declared = i.attribute(_DECLARED_FLOPS)
+        total.calls[target, i.op_name, shapes, int(declared) if declared else None] += 1
         if target.startswith(GEMM_TARGETS):
             total.flops += self._dot(i, table)
 

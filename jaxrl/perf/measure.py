@@ -79,7 +79,7 @@ def _gpu_program(row: Row, config: BenchConfig) -> Program:
     devices = [d for d in jax.devices() if d.device_kind in kinds]
     if len(devices) < row.num_gpus:
         raise ValueError(f"{row.hardware} asked for, and this host has {len(devices)} {row.gpu}")
-    return program_for(row, config, devices[: row.num_gpus], backend="gpu")
+    return program_for(row, config, devices[: row.num_gpus])
 
 
 def _proxy_program(row: Row, config: BenchConfig) -> Program:
@@ -88,7 +88,6 @@ def _proxy_program(row: Row, config: BenchConfig) -> Program:
         dataclasses.replace(row, seq_len=proxy.seq_len),
         config,
         jax.devices("cpu")[:1],
-        backend="cpu",
         model=preset(row.model).replace(num_layers=proxy.num_layers),
         rows_per_device=proxy.batch,
         compute_dtype=proxy.compute_dtype,

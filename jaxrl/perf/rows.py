@@ -9,7 +9,7 @@ from jaxrl.models.presets import preset
 
 TYPES = ("rl", "sft")
 AC = ("none", "recompute", "selective", "offload")
-ATTN = ("fa2", "fa3", "fa4", "cudnn", "xla", "auto")
+ATTN = ("fa2", "fa3", "fa4", "triton", "tokamax", "cudnn", "xla", "auto")
 CPU = "CPU"
 
 _SYNTAX = (
@@ -178,11 +178,17 @@ def _check_row(row: Row) -> None:
 
 def _check_attention(row: Row, capability) -> None:
     sm = _sm(capability)
-    needs = {"fa2": "sm_80 or newer", "cudnn": "sm_80 or newer"} | {
+    hopper, blackwell = sm == 90, 100 <= sm < 110
+    needs = dict.fromkeys(("fa2", "triton", "cudnn"), "sm_80 or newer") | {
         "fa3": "Hopper (sm_90)",
         "fa4": "Blackwell (sm_100)",
+        "tokamax": "Hopper or Blackwell (sm_90, sm_100)",
     }
-    runs = {"fa2": sm >= 80, "cudnn": sm >= 80, "fa3": sm == 90, "fa4": 100 <= sm < 110}
+    runs = dict.fromkeys(("fa2", "triton", "cudnn"), sm >= 80) | {
+        "fa3": hopper,
+        "fa4": blackwell,
+        "tokamax": hopper or blackwell,
+    }
     if not runs.get(row.attn, True):
         can = [name for name in ("fa4", "fa3", "fa2", "cudnn") if runs[name]] + [
             "xla",

@@ -61,12 +61,10 @@ def build_program(
     seq_len: int,
     micro_batches: int,
     rows_per_device: int = 1,
-    backend: str,
 ) -> Program:
     """The step for this model, mesh and recipe; `lora_rank` 0 is full fine-tuning.
 
-    backend: "gpu" or "cpu", what the mesh's devices are. Raises ValueError where the mesh does
-    not divide the model, or the attention kind cannot run.
+    Raises ValueError where the mesh does not divide the model.
     """
     decoder = Transformer(model)
     if lora_rank:
@@ -75,7 +73,7 @@ def build_program(
         decoder, make_optimizer(optimizer), mesh, frozen_dtype=jnp.dtype(step.compute_dtype)
     )
     rows = rows_per_device * mesh.shape["fsdp"]
-    return Program(TrainStep(layout, step, backend=backend), micro_batches, rows, seq_len)
+    return Program(TrainStep(layout, step), micro_batches, rows, seq_len)
 
 
 def floor_bytes(program: Program) -> int:

@@ -23,6 +23,7 @@ from jaxrl.models.transformer import merge_trees
 from jaxrl.ops.attention import Attend, resolve_attention
 from jaxrl.ops.linear import cast_params
 from jaxrl.ops.logprob import token_logprob
+from jaxrl.ops.registry import Target
 from jaxrl.ops.tokenwise import pull_back, tokenwise
 from jaxrl.parallel import vocab
 from jaxrl.parallel.sharding import gather, reduce_gradient, sharded_dim
@@ -110,16 +111,16 @@ class TrainStep:
     ones); RL adds mismatch_kl and the kept and dropped fractions.
     """
 
-    def __init__(self, layout: StateLayout, config: StepConfig, *, backend: str | None = None):
+    def __init__(self, layout: StateLayout, config: StepConfig):
         self.layout = layout
-        self.backend = backend or jax.default_backend()
+        self.target = Target.of(layout.mesh.devices.flat[0])
+        backend = self.target.backend
         lora, keep_all = bool(layout.frozen_specs), config.ac == "none"
         self.config = dataclasses.replace(
             config,
-            head_chunk=config.head_chunk
-            or head_chunk(layout.model.config.vocab_size, self.backend),
+            head_chunk=config.head_chunk or head_chunk(layout.model.config.vocab_size, backend),
             # A chunk's intermediates are recomputed: not with ac "none".
-            mlp_chunk=0 if keep_all else config.mlp_chunk or mlp_chunk(self.backend, lora=lora),
+            mlp_chunk=0 if keep_all else config.mlp_chunk or mlp_chunk(backend, lora=lora),
         )
         self.dtype = jnp.dtype(config.compute_dtype)
         state = layout.shardings()
@@ -137,7 +138,7 @@ class TrainStep:
         """The attention implementation this step resolves to."""
         return resolve_attention(
             self.config.attention,
-            backend=self.backend,
+            target=self.target,
             dtype=self.dtype,
             head_dim=self.layout.model.config.head_dim,
             packed=packed,

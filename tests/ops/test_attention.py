@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxrl_kernels.flash_attention.reference import flash_attention as plain
 
-from jaxrl.ops.attention import reference, resolve_attention
+from jaxrl.ops import registry
+from jaxrl.ops.attention import resolve_attention
 from jaxrl.ops.attention_xla import blocked_attention
+from jaxrl.ops.registry import Target
 
 
 def inputs(B, T, N, K, H, dtype=jnp.float32, seed=0):
@@ -88,6 +91,10 @@ CASES = {  # B, T, N, K, H, block
 def test_without_documents(case):
     *shape, block = CASES[case]
     check(inputs(*shape), None, block)
+
+
+def reference(q, k, v, segment_ids):
+    return plain(q, k, v, segment_ids=segment_ids)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -187,37 +194,76 @@ def test_memory_is_linear_in_length():
     assert long < scores / 20 and temporaries(reference, 2048) > scores
 
 
-def resolve(name, backend="gpu", dtype=jnp.bfloat16, head_dim=128, packed=False):
-    return resolve_attention(name, backend=backend, dtype=dtype, head_dim=head_dim, packed=packed)
+H100 = Target("gpu", "NVIDIA H100 80GB HBM3", 90)
+A6000 = Target("gpu", "NVIDIA RTX A6000", 86)
+CPU, V100 = Target("cpu"), Target("gpu", "Tesla V100", 70)
 
 
-def test_auto_takes_cudnn_where_it_can_run():
+def resolve(name, target=H100, dtype=jnp.bfloat16, head_dim=128, packed=False):
+    return resolve_attention(name, target=target, dtype=dtype, head_dim=head_dim, packed=packed)
+
+
+@pytest.fixture
+def nothing_validated(monkeypatch):
+    monkeypatch.setattr(registry, "is_validated", lambda kernel, gpu: False)
+
+
+@pytest.mark.usefixtures("nothing_validated")
+def test_auto_takes_what_others_have_validated():
     assert resolve("auto").name == "cudnn"
+    assert resolve("auto", packed=True).name == "tokamax"
     for why in (
-        {"backend": "cpu"},
+        {"target": CPU},
         {"dtype": jnp.float32},
         {"head_dim": 256},
         {"head_dim": 100},
-        {"packed": True},
+        {"packed": True, "target": A6000},
     ):
         assert resolve("auto", **why).name == "xla"
-    assert resolve("reference", "cpu").fn is reference
+
+
+def test_auto_takes_our_kernel_where_it_is_validated(monkeypatch):
+    monkeypatch.setattr(
+        registry, "is_validated", lambda *key: key == ("attention triton", A6000.gpu)
+    )
+    assert resolve("auto", A6000, packed=True).name == "triton"
+    assert resolve("auto", A6000).name == "cudnn"
+    assert resolve("auto", packed=True).name == "tokamax"
+
+
+@pytest.mark.usefixtures("nothing_validated")
+def test_a_kernel_that_is_not_validated_runs_by_request_and_says_so(caplog):
+    registry._say_not_validated.cache_clear()
+    assert resolve("triton", A6000).name == "triton"
+    assert [r.message for r in caplog.records] == [
+        "attention 'triton' is not validated on NVIDIA RTX A6000: its tests have not run there "
+        "(pytest -m gpu)"
+    ]
 
 
 @pytest.mark.parametrize(
-    ("why", "message"),
+    ("name", "why", "message"),
     [
-        ({"backend": "cpu"}, "needs an NVIDIA GPU, and this program is for cpu"),
-        ({"dtype": jnp.float32}, "bfloat16 or float16, not float32"),
-        ({"head_dim": 256}, "head_dim up to 128 in steps of 8, not 256"),
-        ({"packed": True}, "no packed documents"),
+        ("cudnn", {"target": CPU}, "needs an NVIDIA GPU, and this program is for cpu; use 'xla'"),
+        ("cudnn", {"dtype": jnp.float32}, "bfloat16 or float16, not float32; use 'triton' or"),
+        ("cudnn", {"head_dim": 256}, "head_dim up to 128 in steps of 8, not 256"),
+        ("cudnn", {"packed": True}, "no packed documents.*use 'triton' or 'tokamax' or 'xla'"),
+        ("triton", {"target": CPU}, "needs an NVIDIA GPU, and this program is for cpu"),
+        (
+            "triton",
+            {"target": V100},
+            "sm_80 or newer, and this is sm_70",
+        ),
+        ("triton", {"head_dim": 512}, "head_dim up to 256, not 512"),
+        ("tokamax", {"target": A6000}, "needs Hopper or Blackwell, and this is sm_86"),
+        ("tokamax", {"dtype": jnp.float32}, "bfloat16 or float16, not float32"),
     ],
 )
-def test_a_request_that_cannot_be_met_raises(why, message):
-    with pytest.raises(ValueError, match=f"'cudnn' .*{message}.*; use 'xla'"):
-        resolve("cudnn", **why)
+def test_a_request_that_cannot_be_met_raises(name, why, message):
+    with pytest.raises(ValueError, match=f"attention '{name}' .*{message}"):
+        resolve(name, **why)
 
 
 def test_unknown_name_raises():
-    with pytest.raises(ValueError, match="unknown attention 'flash'; one of auto, xla, cudnn"):
+    with pytest.raises(ValueError, match="unknown attention 'flash'; one of auto, cudnn, triton"):
         resolve("flash")

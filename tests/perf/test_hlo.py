@@ -159,6 +159,7 @@ TEXT = """HloModule hand, is_scheduled=true
   %agd = bf16[16,4]{1,0} all-gather-done(%ags)
   %late = (bf16[2,4]{1,0}, bf16[2,4]{1,0}) collective-permute-start(%x), backend_config={"is_sync":true}
   %late-done = bf16[2,4]{1,0} collective-permute-done(%late)
+  %triton = bf16[2,4]{1,0} custom-call(%x), custom_call_target="triton_kernel_call_ffi", metadata={op_name="ours"}, backend_config={cost_estimate_json = "{\\22flops\\22: 700, \\22bytes_accessed\\22: 9}", opaque = "x\\9C"}
   %fmha = (bf16[2,4]{1,0}, u8[0]{0}) custom-call(%agd, /*index=1*/%x), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="attend"}
   %gemm = (bf16[16,6]{1,0}, s8[64]{0}) custom-call(%agd, %fmha.w), custom_call_target="__cublas$lt$matmul$f8", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}
   %fmha.w = bf16[6,4]{1,0} constant({...})
@@ -200,9 +201,12 @@ ENTRY %main (p.1: bf16[2,4], q: bf16[8,4]) -> bf16[1,4] {
 def test_calls_and_collectives():
     summary = summarize(TEXT)
     assert summary.flops == 5 * 2 * 16 * 4 * 6 + 2 * (2 * 8 * 4 * 8)  # loop, call and conditional
-    assert summary.custom_calls == {"__cudnn$fmhaSoftmax": 5, "__cublas$lt$matmul$f8": 5}
+    targets = ("__cudnn$fmhaSoftmax", "__cublas$lt$matmul$f8", "triton_kernel_call_ffi")
+    assert summary.custom_calls == dict.fromkeys(targets, 5)
     shapes = (("bf16", (16, 4)), ("bf16", (2, 4)))
-    assert CallSite("__cudnn$fmhaSoftmax", "attend", shapes, 5) in summary.call_sites
+    assert CallSite("__cudnn$fmhaSoftmax", "attend", shapes, None, 5) in summary.call_sites
+    declared = CallSite("triton_kernel_call_ffi", "ours", (("bf16", (2, 4)),), 700, 5)
+    assert declared in summary.call_sites
     assert set(summary.collectives) == {
         Collective("all-gather", 16 * 4 * 2, 5, True),
         Collective("collective-permute", 2 * 4 * 2, 5, False),

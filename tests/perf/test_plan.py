@@ -19,7 +19,7 @@ def compiled(text: str):
     """(program, compiled for the GPUs of the row, its HLO summary)."""
     row = parse_row(MODEL, text)
     devices = compile_only.topology(row.gpu, row.num_gpus)
-    program = plan.program_for(row, BenchConfig(), devices, backend="gpu")
+    program = plan.program_for(row, BenchConfig(), devices)
     with compile_only.as_device(program.layout.mesh), compile_only.cudnn_assumed():
         program_compiled = compile_only.compile_for(program.lower())
     return program, program_compiled, hlo.summarize(program_compiled.as_text() or "")
@@ -29,11 +29,37 @@ EIGHT = "rl full 16384 recompute fa3 8xH100"
 OFFLOAD = "rl lora16 65536 offload fa2 1xA6000"
 
 
-def test_flash_attention_runs_as_often_as_it_should():
-    program, _, summary = compiled(EIGHT)
+# Calls of each kernel: forward, again in backward (recompute), and backward's own.
+KERNELS = {
+    "fa2": {"triton_kernel_call_ffi": 2 + 2},  # dq; dk and dv
+    "fa3": {"mosaic_gpu_v2": 2 + 2},
+    "cudnn": {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 1},
+}
+
+
+@pytest.mark.parametrize("attn", KERNELS)
+def test_flash_attention_runs_as_often_as_it_should(attn):
+    program, done, summary = compiled(EIGHT.replace("fa3", attn))
     runs = program.layout.model.config.num_layers * program.micro_batches
-    forward = summary.custom_calls["__cudnn$fmhaSoftmax"]
-    assert (forward, summary.custom_calls["__cudnn$fmhaSoftmaxBackward"]) == (2 * runs, runs)
+    calls = {k: n for k, n in summary.custom_calls.items() if not k.startswith("__cublas")}
+    assert calls == {k: n * runs for k, n in KERNELS[attn].items()}
+    asked = program.step.attention(packed=False).name
+    assert plan.compiled_attention(done.as_text() or "", program) == asked
+
+
+def test_attention_costs_what_its_kernels_do():
+    """Two forward products twice, and backward five (cuDNN) or seven (two kernels)."""
+    pairs = 16384 * 16385 // 2
+    program, *_ = compiled(EIGHT)
+    model = program.layout.model.config
+    product = 2 * model.num_heads * model.head_dim * pairs * model.num_layers * 2
+
+    def total(attn):
+        program, done, _ = compiled(EIGHT.replace("fa3", attn))
+        return plan.hardware_flops(program, done.as_text() or "")
+
+    assert total("fa2") - total("cudnn") == pytest.approx(2 * product, rel=1e-3)
+    assert total("fa3") == total("fa2")
 
 
 def test_no_array_of_tokens_times_vocabulary():
@@ -81,7 +107,7 @@ def test_peak_stays_close_to_the_floor_and_below_the_page():
 
 
 def test_hardware_flops_are_the_models_plus_recomputation():
-    program, done, _ = compiled(EIGHT)
+    program, done, _ = compiled(EIGHT.replace("fa3", "cudnn"))
     counted = plan.count_flops(program, done.as_text() or "")
     model, tokens = program.layout.model.config, program.seq_len
     exact = flops.model_flops_per_token(model, tokens)

@@ -61,6 +61,10 @@ def test_unreadable_rows(text, words):
             "attention fa4 needs Blackwell (sm_100), and H100 is sm_90",
         ),
         ("rl full 128 none fa3 1xA6000", "attention fa3 needs Hopper (sm_90), and A6000 is sm_86"),
+        (
+            "rl full 128 none tokamax 1xA6000",
+            "attention tokamax needs Hopper or Blackwell (sm_90, sm_100), and A6000 is sm_86",
+        ),
         ("rl full 128 none fa3 8xH100 ep3", "ep 3 does not divide 8 GPUs; use 1 or 2 or 4 or 8"),
         (
             "rl full 128 none fa3 8xH100 ep2",

@@ -13,6 +13,7 @@ from jaxrl.models.attention import LayerContext
 from jaxrl.models.layers import rope_tables
 from jaxrl.models.transformer import Transformer
 from jaxrl.ops.attention import resolve_attention
+from jaxrl.ops.registry import Target
 from jaxrl.perf.compile_only import cudnn_assumed
 from jaxrl.train.backprop import LayerStack
 from jaxrl.train.remat import remat_policy
@@ -28,9 +29,8 @@ def traced(ac: str, attention: str = "xla"):
     graphdef, state = nnx.split(Transformer(TINY).layers)
     gpu = attention == "cudnn"
     dtype = jnp.bfloat16 if gpu else jnp.float32
-    attend = resolve_attention(
-        attention, backend="gpu" if gpu else "cpu", dtype=dtype, head_dim=H, packed=False
-    )
+    target = Target("gpu", "NVIDIA H100 80GB HBM3", 90) if gpu else Target("cpu")
+    attend = resolve_attention(attention, target=target, dtype=dtype, head_dim=H, packed=False)
 
     def layer(trainable, constants, x):
         _, tables = constants

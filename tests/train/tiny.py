@@ -49,7 +49,6 @@ def tiny_program(
         seq_len=seq_len,
         micro_batches=micro_batches,
         rows_per_device=rows // devices,
-        backend="cpu",
     )
 
 

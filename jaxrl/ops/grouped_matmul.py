@@ -1,0 +1,76 @@
+"""Grouped matmul, the product of mixture-of-experts layers: which implementation runs, by name."""
+
+import jax.numpy as jnp
+from jaxrl_kernels.grouped_matmul import reference, triton
+from jaxrl_kernels.launch import why_not_triton
+from jaxtyping import Array, Float, Int
+
+from jaxrl.ops import grouped_matmul_xla, tokamax_kernels
+from jaxrl.ops.registry import Implementation, Op, Target
+
+
+def grouped_matmul(
+    x: Float[Array, "M K"],
+    w: Float[Array, "E K N"],
+    group_sizes: Int[Array, "E"],
+    *,
+    implementation: str = "auto",
+    target: Target | None = None,
+) -> Float[Array, "M N"]:
+    """Rows times their expert's weights, in the dtype of x; sums in fp32; differentiable.
+
+    x holds group_sizes[0] rows of expert 0, then those of expert 1, ...; rows beyond all groups
+    yield zeros. w is multiplied in the dtype of x, and its gradient has its own dtype. target: what
+    the program is for, default the default device. Raises ValueError where `implementation` cannot
+    do this there, naming those that can.
+
+    Kernels are opaque to the SPMD partitioner: over several devices, call it in a `shard_map`.
+    """
+    target = target or Target.here()
+    case = {"dtype": x.dtype, "features": (w.shape[1], w.shape[2])}
+    _, fn = GROUPED_MATMUL.resolve(implementation, target, **case)
+    return fn(x, w, group_sizes)
+
+
+def _anywhere(target: Target, **_) -> None:
+    return None
+
+
+def _why_not_triton(target: Target, *, dtype, features: tuple[int, int]) -> str | None:
+    del features
+    if target.backend != "gpu":
+        return f"needs an NVIDIA GPU, and this program is for {target.backend}"
+    if jnp.dtype(dtype).name not in triton.DTYPES:
+        return f"takes {', '.join(triton.DTYPES)}, not {jnp.dtype(dtype).name}"
+    return why_not_triton(target.capability)
+
+
+def _why_not_tokamax(target: Target, *, dtype, features: tuple[int, int]) -> str | None:
+    if target.backend != "gpu":
+        return f"needs an NVIDIA GPU, and this program is for {target.backend}"
+    return tokamax_kernels.why_not_ragged_dot(target.capability, dtype, features)
+
+
+def _make_triton(target: Target):
+    return lambda x, w, group_sizes: triton.grouped_matmul(
+        x, w, group_sizes, gpu=target.gpu, capability=target.capability
+    )
+
+
+def _make_tokamax(target: Target):
+    del target
+    # Its gradient of w comes rounded to the dtype of x.
+    return lambda x, w, group_sizes: tokamax_kernels.ragged_dot(x, w.astype(x.dtype), group_sizes)
+
+
+# In the order in which "auto" looks for one that can run.
+GROUPED_MATMUL = Op(
+    "grouped_matmul",
+    (
+        Implementation("triton", _make_triton, _why_not_triton, ours=True),
+        Implementation("tokamax", _make_tokamax, _why_not_tokamax),
+        Implementation("xla", lambda _: grouped_matmul_xla.grouped_matmul, _anywhere),
+        Implementation("reference", lambda _: reference.grouped_matmul, _anywhere),
+    ),
+    never_auto=frozenset({"reference"}),
+)

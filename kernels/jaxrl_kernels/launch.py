@@ -1,0 +1,79 @@
+"""Launch Triton kernels from JAX: the only file that calls jax-triton.
+
+A kernel is launched with everything static as a keyword. Under `interpreted()` the same launch runs
+in Triton's numpy interpreter on the CPU instead, so the JAX code around a kernel is tested as is.
+"""
+
+import contextlib
+import contextvars
+import importlib.util
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+# The oldest PTX that knows every GPU here (sm_100a came with 8.6). Triton would write the newest
+# its own ptxas knows, which the ptxas that XLA calls, of an older CUDA, refuses.
+PTX_VERSION = 86
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels traced inside run in Triton's interpreter, on the CPU and slowly: for tests."""
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+def launch(
+    kernel: Any,
+    *inputs: jax.Array,
+    out: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, int] | tuple[int, int, int],
+    name: str,
+    capability: int | None,
+    flops: int,
+    bytes_accessed: int,
+    num_warps: int,
+    num_stages: int,
+    **static: Any,
+) -> list[jax.Array]:
+    """Call a `triton.jit` kernel with pointers to `inputs`, then to the arrays of `out`.
+
+    capability: of the GPU to compile for, e.g. 90; None asks the GPU that is here. `name`, `flops`
+    and `bytes_accessed` stand in the compiled program, for profilers and for whoever adds up FLOPs.
+    `static`: the kernel's constexpr parameters.
+    """
+    if _interpreted.get():
+        from jaxrl_kernels.interpreter import interpret
+
+        return interpret(kernel, inputs, out, grid, static)
+    import jax_triton
+
+    with jax.named_scope(name):  # the program's text names calls by their scope only
+        return jax_triton.triton_call(
+            *inputs,
+            kernel=kernel,
+            out_type=list(out),
+            grid=grid,
+            name=name,
+            compute_capability=capability,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            backend_options={"ptx_version": PTX_VERSION, "enable_fp_fusion": True},
+            cost_estimate={"flops": flops, "bytes_accessed": bytes_accessed},
+            **static,
+        )
+
+
+def why_not_triton(capability: int) -> str | None:
+    """Why these kernels cannot run on a GPU of this compute capability (80: A100), or None."""
+    if capability < 80:
+        return f"needs sm_80 or newer, and this is sm_{capability}"
+    if not all(importlib.util.find_spec(name) for name in ("triton", "jax_triton")):
+        return "is not installed: pip install 'jaxrl[kernels]'"
+    return None

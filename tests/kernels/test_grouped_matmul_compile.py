@@ -1,0 +1,123 @@
+"""Every grouped product, forward and backward, compiled for GPUs that are not here.
+
+At the shapes of the MoE models the kernels must fit the registers and the shared memory of each
+GPU, spill nothing, and run on its matrix units. Each GPU's kernels are compiled in a subprocess
+(this file as a script), which prints what ptxas and the disassembler say of them as JSON.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+M, E, R = 131072, 128, 16
+MODELS = {"30B-A3B": (2048, 768), "235B-A22B": (4096, 1536), "GLM-4.5-Air": (4096, 1408)}  # D, F
+SMEM = {"A6000": 99, "A100": 163, "H100": 227, "H200": 227, "B200": 227}  # KiB per program
+REGISTERS = 65536  # of a multiprocessor
+OPS = ("up", "down", "swiglu", "up lora", "down lora")
+# Per model: three of up, three of down, h, h with residuals and its dx, and twice six with LoRA
+# (two forward, two for dx, da, db). Four of GLM's are 235B's, of the same D and rank.
+KERNELS = 3 * (3 + 3 + 3 + 2 * 6) - 4
+
+
+@functools.cache
+def compiled(gpu):
+    env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, __file__, gpu], env=env, capture_output=True, text=True, timeout=540
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", SMEM)
+def test_kernels_fit_each_gpu_at_the_shapes_of_the_models(gpu):
+    seen = compiled(gpu)
+    assert set(seen["kernels"]) == {f"{model} {op}" for model in MODELS for op in OPS}
+    assert sum(map(len, seen["kernels"].values())) == KERNELS
+    for case, kernels in seen["kernels"].items():
+        for kernel in kernels:
+            assert kernel["spill_bytes"] == 0, (case, kernel)
+            assert kernel["smem_bytes"] <= SMEM[gpu] * 1024, (case, kernel)
+            assert kernel["registers"] * 32 * kernel["num_warps"] <= REGISTERS, (case, kernel)
+            assert kernel["mma_instructions"] > 0, (case, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", SMEM)
+def test_gradient_needs_no_dense_temporaries(gpu):
+    """jax.lax.ragged_dot takes 88 GiB here. Weights that are fp32 arrays are cast to bf16 once."""
+    seen = compiled(gpu)
+    D, F = MODELS["30B-A3B"]
+    assert seen["temp"]["bfloat16"] < 2**20
+    assert seen["temp"]["float32"] < 2 * E * D * F + 2**20 < 2**30
+
+
+@pytest.mark.slow
+def test_calls_carry_their_names_and_costs():
+    text = compiled("H100")["text"]
+    for which in ("forward", "dx", "dw"):
+        assert f"jaxrl_grouped_matmul_{which}" in text
+
+
+def main(gpu):
+    from jaxrl.perf import compile_only
+
+    compile_only.prepare_environment()
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+    from jaxrl_kernels import resources
+    from jaxrl_kernels.grouped_matmul import triton
+
+    devices = compile_only.topology(gpu, 1)
+    capability = int(float(devices[0].compute_capability) * 10)
+    mesh = Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def array(*shape, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=everywhere)
+
+    def lower(op, K, N, *weights):
+        call = functools.partial(getattr(triton, op), gpu=gpu, capability=capability)
+
+        def value_and_gradients(x, dy, sizes, *weights):
+            out, vjp = jax.vjp(lambda x, *w: call(x, *w, sizes), x, *weights)
+            return out, vjp(dy), call(x, *weights, sizes)
+
+        arguments = (array(M, K), array(M, N), array(E, dtype="int32"), *weights)
+        with compile_only.as_device(mesh), resources.collect() as found:
+            lowered = jax.jit(value_and_gradients).lower(*arguments)
+        return lowered, found
+
+    kernels = {}
+    for model, (D, F) in MODELS.items():
+        for op in OPS:
+            K, N = (F, D) if op.startswith("down") else (D, F)
+            name, weights = "grouped_matmul", [array(E, K, N)]
+            if op == "swiglu":
+                name, weights = "grouped_swiglu", weights * 2
+            elif op.endswith("lora"):
+                name, weights = "grouped_lora_matmul", [*weights, array(E, K, R), array(E, R, N)]
+            _, found = lower(name, K, N, *weights)
+            kernels[f"{model} {op}"] = [
+                dataclasses.asdict(resources.resources(kernel)) | {"num_warps": kernel[2]}
+                for kernel in found
+            ]
+    D, F = MODELS["30B-A3B"]
+    temp, text = {}, ""
+    for dtype in ("bfloat16", "float32"):
+        lowered, _ = lower("grouped_matmul", D, F, array(E, D, F, dtype=dtype))
+        program = compile_only.compile_for(lowered)
+        temp[dtype], text = compile_only.memory(program).temp, program.as_text()
+    print(json.dumps({"kernels": kernels, "temp": temp, "text": text}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,285 @@
+"""Every implementation of attention under one test: value and gradients against plain fp32.
+
+On CPU: XLA's blocks, and the Triton kernels in Triton's numpy interpreter. `pytest -m gpu`: the
+kernels themselves, with cases of a real size beside these.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxrl_kernels import interpreter, tiles
+from jaxrl_kernels.flash_attention import cost
+from jaxrl_kernels.flash_attention.reference import flash_attention as plain
+from jaxrl_kernels.launch import interpreted
+
+from jaxrl.ops.attention import ATTENTION, flash_attention
+from jaxrl.ops.registry import Target
+
+ANY_GPU = Target("gpu", "a GPU that no tile was tuned for", 90)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Lengths of the documents of each row (one int: not packed), heads, head size, and options."""
+
+    docs: int | tuple[tuple[int, ...], ...]
+    N: int = 2
+    K: int = 1
+    H: int = 64
+    dtype: str = "float32"
+    causal: bool = True
+    scale: float | None = None
+    lse: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B, T."""
+        return (1, self.docs) if isinstance(self.docs, int) else (len(self.docs), sum(self.docs[0]))
+
+    @property
+    def segment_ids(self):
+        if isinstance(self.docs, int):
+            return None
+        return jnp.stack([jnp.repeat(jnp.arange(len(r)), np.array(r)) for r in self.docs])
+
+    def arrays(self, seed=0):
+        """q, k, v, and cotangents of out and of the log-sum-exp."""
+        rng = np.random.default_rng(seed)
+        B, T = self.shape
+        qkv = [rng.standard_normal((B, T, n, self.H)) for n in (self.N, self.K, self.K, self.N)]
+        dlse = rng.standard_normal((B, self.N, T)) if self.lse else np.zeros((B, self.N, T))
+        return *(jnp.asarray(a, self.dtype) for a in qkv), jnp.asarray(dlse, jnp.float32)
+
+
+CASES = {
+    "whole_blocks": Case(128),
+    "tail": Case(133, N=4, K=4),
+    "shorter_than_a_block": Case(5, H=16),
+    "one_token": Case(1, N=4, K=2),
+    "four_queries_per_key": Case(70, N=4, H=128),
+    "twelve_queries_per_key": Case(40, N=12, H=32),
+    "head_dim_that_is_no_power_of_two": Case(65, H=40),
+    "bfloat16": Case(133, N=4, dtype="bfloat16"),
+    "float16": Case(133, N=4, dtype="float16", H=128),
+    "bfloat16_packed": Case(((60, 1, 39), (1, 98, 1)), N=4, dtype="bfloat16"),
+    "one_token_documents": Case(((1,) * 70, (70,))),
+    "documents_across_blocks": Case(((30, 50, 60, 1), (3, 97, 40, 1))),
+    "documents_on_blocks": Case(((32, 64, 32), (64, 32, 32))),
+    "padding_tail": Case(((90, 43), (33, 100)), N=4, K=2),
+    "not_causal": Case(77, causal=False),
+    "not_causal_packed": Case(((30, 41, 6), (1, 75, 1)), causal=False),
+    "scale": Case(50, scale=0.5),
+    "log_sum_exp": Case(50, N=4, K=2, lse=True),
+    "log_sum_exp_packed": Case(((30, 20), (1, 49)), lse=True, causal=False),
+}
+# Of a real size, for a GPU: rows of many blocks, and of documents as they come.
+LARGE = {
+    "4096": Case(4096, N=32, K=8, H=128, dtype="bfloat16"),
+    "head_dim_64": Case(4096, N=32, K=8, H=64, dtype="bfloat16"),
+    "float16_tail": Case(3001, N=16, K=8, H=128, dtype="float16"),
+    "four_keys": Case(2048, N=64, K=4, H=128, dtype="bfloat16"),
+    "twelve_queries_per_key": Case(2048, N=96, K=8, H=128, dtype="bfloat16"),
+    "packed": Case(
+        ((5, 1000, 1, 1, 700, 2389), (4000, 96), (128, 128, 3840)),
+        N=32,
+        K=8,
+        H=128,
+        dtype="bfloat16",
+    ),
+    "packed_64": Case(((1,) * 96 + (4000,), (1000,) * 4 + (96,)), N=8, K=2, dtype="bfloat16"),
+}
+
+
+def run(attend, case: Case, arrays):
+    """out, lse, dq, dk, dv; `attend(q, k, v, segment_ids)` returns out, or both."""
+    q, k, v, dout, dlse = arrays
+
+    @jax.jit
+    def all_of_it(q, k, v, dout, dlse, ids):
+        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, ids), q, k, v)
+        out, cotangent = (out, (dout, dlse)) if case.lse else ((out, None), dout)
+        return *out, *vjp(cotangent)
+
+    return all_of_it(q, k, v, dout, dlse, case.segment_ids)
+
+
+def options(case: Case):
+    return {"causal": case.causal, "scale": case.scale, "return_lse": case.lse}
+
+
+def check(case: Case, implementation: str, target: Target, arrays=None):
+    """Every tensor is within one rounding step of the input type, as a whole."""
+    arrays = case.arrays() if arrays is None else arrays
+    _, fn = ATTENTION.resolve(
+        implementation,
+        target,
+        dtype=jnp.dtype(case.dtype),
+        head_dim=case.H,
+        packed=case.segment_ids is not None,
+        causal=case.causal,
+        lse=case.lse,
+    )
+    got = run(functools.partial(fn, **options(case)), case, arrays)
+    exact = tuple(a.astype(jnp.float32) for a in arrays)
+    expected = run(
+        lambda q, k, v, ids: plain(q, k, v, segment_ids=ids, **options(case)), case, exact
+    )
+    eps = float(jnp.finfo(case.dtype).eps)
+    tolerance = 16 * eps if case.dtype == "float32" else eps
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
+        if name == "lse" and not case.lse:
+            continue
+        assert a.shape == b.shape and a.dtype == (jnp.float32 if name == "lse" else case.dtype)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.all(np.isfinite(a)), name
+        # A gradient that cancels to nothing (one-token documents) keeps fp32's rounding.
+        error, rounding = np.linalg.norm(a - b), 2.0**-19 * np.sqrt(b.size)
+        assert error < tolerance * np.linalg.norm(b) + rounding, (name, error)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_on_cpu(implementation, case):
+    with interpreted():
+        check(CASES[case], implementation, Target("cpu") if implementation == "xla" else ANY_GPU)
+
+
+@settings(deadline=None, max_examples=12, derandomize=True, database=None)
+@given(st.data())
+def test_any_documents(data):
+    """Drawn documents, heads and sizes, forward and backward, in the interpreter."""
+    draw = data.draw
+    docs = tuple(draw(st.lists(st.integers(1, 70), min_size=1, max_size=5)))
+    K, G, H = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from((16, 24, 64)))
+    causal, lse = draw(st.booleans()), draw(st.booleans())
+    case = Case((docs,), N=K * G, K=K, H=H, causal=causal, lse=lse)
+    with interpreted():
+        check(case, "triton", ANY_GPU, case.arrays(draw(st.integers(0, 99))))
+
+
+def test_an_id_used_twice_is_two_documents():
+    q, k, v, *_ = Case(24).arrays()
+    ids = jnp.array([[7] * 3 + [2] * 4 + [7] * 6 + [0] * 2 + [7] * 9])
+    numbered = jnp.array([[0] * 3 + [1] * 4 + [2] * 6 + [3] * 2 + [4] * 9])
+    for implementation in ("xla", "triton", "reference"):
+        with interpreted():
+            attend = functools.partial(
+                flash_attention,
+                q,
+                k,
+                v,
+                implementation=implementation,
+                target=ANY_GPU if implementation == "triton" else Target("cpu"),
+            )
+            out = attend(segment_ids=ids)
+            np.testing.assert_array_equal(out, attend(segment_ids=numbered))
+        assert not np.allclose(out, plain(q, k, v), atol=1e-2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("docs", [(128,), (1,) * 50 + (78,), (40, 3, 60, 25), (32, 32, 64)])
+def test_only_blocks_that_share_a_document_are_visited(docs, causal):
+    """The interpreted kernels' products, counted: visits x products per visit, for each pass."""
+    case = Case((docs,), N=3, K=1, H=16, causal=causal)
+
+    def passes(seed):
+        return run(
+            lambda q, k, v, ids: flash_attention(
+                q, k, v, segment_ids=ids, causal=causal, implementation="triton", target=ANY_GPU
+            ),
+            case,
+            case.arrays(seed),
+        )
+
+    with interpreted():
+        _, products = interpreter.count_products(passes, 0)
+    expected = 0
+    for which in ("forward", "dq", "dkv"):
+        tile = tiles.attention(which, None, 90, jnp.float32, 16, sum(docs))
+        visits = cost.visited_blocks(docs, tile.block_q, tile.block_k, causal=causal)
+        expected += case.N * visits * cost.PRODUCTS[which]
+    assert products == expected
+    # And a visit is no more than the documents need: every visited block holds a visible pair.
+    assert cost.visited_blocks(docs, 1, 1, causal=causal) == cost.pairs(docs, causal=causal)
+
+
+def test_work_of_a_packed_row_is_that_of_its_documents():
+    one, eight = (cost.visited_blocks((n,) * (4096 // n), 64, 64) for n in (4096, 512))
+    assert one / eight == pytest.approx(8, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": (1, 8, 3, 16), "v": (1, 8, 3, 16)}, "K divide N"),
+        ({"v": (1, 8, 1, 16)}, "twice"),
+        ({"segment_ids": (1, 7)}, "segment_ids"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(change, message):
+    shapes = {"q": (1, 8, 4, 16), "k": (1, 8, 2, 16), "v": (1, 8, 2, 16)} | change
+    ids = shapes.pop("segment_ids", None)
+    q, k, v = (jnp.zeros(s) for s in shapes.values())
+    ids = None if ids is None else jnp.zeros(ids, jnp.int32)
+    with interpreted(), pytest.raises(ValueError, match=message):
+        flash_attention(q, k, v, segment_ids=ids, implementation="triton", target=ANY_GPU)
+
+
+def test_a_scale_that_is_not_above_zero_is_refused():
+    q = jnp.zeros((1, 8, 4, 16))
+    with interpreted(), pytest.raises(ValueError, match=r"scale -1\.0 is not above 0"):
+        flash_attention(q, q, q, scale=-1.0, implementation="triton", target=ANY_GPU)
+
+
+def on_gpu(implementation: str):
+    """The cases that `implementation` takes, each marked as a test of it."""
+    mark = pytest.mark.validates(f"attention {implementation}")
+    everything = {f"small_{n}": c for n, c in CASES.items()} | LARGE
+    hopper = Target("gpu", "some Hopper", 90)
+    why_not = next(i.why_not for i in ATTENTION.implementations if i.name == implementation)
+
+    def takes(case):
+        packed = case.segment_ids is not None
+        said = why_not(
+            hopper,
+            dtype=jnp.dtype(case.dtype),
+            head_dim=case.H,
+            packed=packed,
+            causal=case.causal,
+            lse=case.lse,
+        )
+        return said is None or "installed" in said
+
+    return [
+        pytest.param(implementation, case, id=f"{implementation}-{name}", marks=mark)
+        for name, case in everything.items()
+        if takes(case)
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("implementation", "case"), [*on_gpu("triton"), *on_gpu("cudnn"), *on_gpu("tokamax")]
+)
+def test_on_gpu(implementation, case):
+    check(case, implementation, Target.here())
+
+
+@pytest.mark.gpu
+@pytest.mark.validates("attention triton")
+def test_backward_is_deterministic_on_gpu():
+    case = LARGE["packed"]
+    _, fn = ATTENTION.resolve(
+        "triton", Target.here(), dtype=jnp.bfloat16, head_dim=case.H, packed=True
+    )
+    first, *others = (run(fn, case, case.arrays()) for _ in range(3))
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            if a is not None:
+                np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
