@@ -131,9 +131,8 @@ def _attention(shape: Attention, implementation: str, target) -> Problem:
     T, N, K, H = shape.T, shape.N, shape.K, shape.H
     docs = shape.docs or (T,)
     ids = np.repeat(np.arange(len(docs), dtype=np.int32), docs)[None] if shape.docs else None
-    _, fn = ATTENTION.resolve(
-        implementation, target, dtype=jnp.bfloat16, head_dim=H, packed=ids is not None
-    )
+    case = {"dtype": jnp.bfloat16, "head_dim": H, "packed": ids is not None, "seq_len": T}
+    _, fn = ATTENTION.resolve(implementation, target, **case)
     parts = {"forward": ("forward",), "backward": ("dq", "dkv")}
     moved = lambda w: cost.bytes_accessed(w, 1, T, N, K, H, 2)  # noqa: E731
     # What the mathematics needs: backward's five products, however a kernel arranges them.

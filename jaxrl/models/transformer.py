@@ -107,6 +107,7 @@ class Transformer(nnx.Module):
             dtype=dtype,
             head_dim=self.config.head_dim,
             packed=segment_ids is not None,
+            seq_len=shape[1],
         )
         cos, sin = rope_tables(self.config, positions)
         return LayerContext(cos, sin, segment_ids, attend.fn, mlp_chunk)

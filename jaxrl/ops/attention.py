@@ -51,18 +51,22 @@ def flash_attention(
         dtype=q.dtype,
         head_dim=q.shape[-1],
         packed=segment_ids is not None,
+        seq_len=q.shape[1],
         causal=causal,
         lse=return_lse,
     )
     return fn(q, k, v, segment_ids, scale=scale, causal=causal, return_lse=return_lse)
 
 
-def resolve_attention(name: str, *, target: Target, dtype, head_dim: int, packed: bool) -> Attend:
+def resolve_attention(
+    name: str, *, target: Target, dtype, head_dim: int, packed: bool, seq_len: int
+) -> Attend:
     """The causal attention of a model, for `checkpoint` policies named as `keepable` says.
 
     Raises ValueError as `Op.resolve` does.
     """
-    name, fn = ATTENTION.resolve(name, target, dtype=dtype, head_dim=head_dim, packed=packed)
+    case = {"dtype": dtype, "head_dim": head_dim, "packed": packed, "seq_len": seq_len}
+    name, fn = ATTENTION.resolve(name, target, **case)
     return Attend(name, keepable(fn))
 
 
@@ -99,7 +103,7 @@ def _anywhere(target: Target, **_) -> None:
 
 
 def _why_not_cudnn(
-    target: Target, *, dtype, head_dim: int, packed: bool, causal: bool = True, lse: bool = False
+    target: Target, *, dtype, head_dim: int, packed: bool, seq_len: int, lse: bool = False, **_
 ) -> str | None:
     if target.backend != "gpu":
         return f"needs an NVIDIA GPU, and this program is for {target.backend}"
@@ -107,6 +111,8 @@ def _why_not_cudnn(
         return f"takes bfloat16 or float16, not {jnp.dtype(dtype).name}"
     if head_dim > 128 or head_dim % 8:
         return f"takes head_dim up to 128 in steps of 8, not {head_dim}"
+    if seq_len % 2:
+        return f"takes an even number of tokens, not {seq_len}"
     if packed:
         return "has no packed documents (segment_ids)"
     if lse:
@@ -114,9 +120,7 @@ def _why_not_cudnn(
     return None
 
 
-def _why_not_triton(
-    target: Target, *, dtype, head_dim: int, packed: bool, causal: bool = True, lse: bool = False
-) -> str | None:
+def _why_not_triton(target: Target, *, dtype, head_dim: int, **_) -> str | None:
     if target.backend != "gpu":
         return f"needs an NVIDIA GPU, and this program is for {target.backend}"
     if jnp.dtype(dtype).name not in triton.DTYPES:
@@ -127,7 +131,7 @@ def _why_not_triton(
 
 
 def _why_not_tokamax(
-    target: Target, *, dtype, head_dim: int, packed: bool, causal: bool = True, lse: bool = False
+    target: Target, *, dtype, head_dim: int, packed: bool, lse: bool = False, **_
 ) -> str | None:
     if target.backend != "gpu":
         return f"needs an NVIDIA GPU, and this program is for {target.backend}"

@@ -143,7 +143,7 @@ _CALLS = {
 
 def compiled_attention(text: str, program: Program) -> str:
     """The attention that the compiled program really calls. Raises RuntimeError if not as asked."""
-    asked = program.step.attention(packed=False).name
+    asked = program.step.attention(packed=False, seq_len=program.seq_len).name
     found = [name for name, call in _CALLS.items() if re.search(call, text)] or ["xla"]
     if found != [asked]:
         raise RuntimeError(f"attention {asked} was asked for, {' and '.join(found)} was compiled")

@@ -134,7 +134,7 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         return self.jitted(state, batch)
 
-    def attention(self, *, packed: bool) -> Attend:
+    def attention(self, *, packed: bool, seq_len: int) -> Attend:
         """The attention implementation this step resolves to."""
         return resolve_attention(
             self.config.attention,
@@ -142,6 +142,7 @@ class TrainStep:
             dtype=self.dtype,
             head_dim=self.layout.model.config.head_dim,
             packed=packed,
+            seq_len=seq_len,
         )
 
     def gradients(self, params, frozen, batch: Batch):
@@ -210,8 +211,9 @@ class _Gradients:
         flat = batch.tokens.reshape(-1)
         with jax.named_scope("embed"):
             x = vocab.embed(table, flat, axis_size=self.size, dtype=self.dtype)
+        attend = self.attention(packed=batch.segment_ids is not None, seq_len=T)
         stack = LayerStack(
-            functools.partial(self.layer, self.attention(packed=batch.segment_ids is not None).fn),
+            functools.partial(self.layer, attend.fn),
             ac=self.config.ac,
             fetch=self.fetch,
             reduce=self.reduce,

@@ -199,8 +199,9 @@ A6000 = Target("gpu", "NVIDIA RTX A6000", 86)
 CPU, V100 = Target("cpu"), Target("gpu", "Tesla V100", 70)
 
 
-def resolve(name, target=H100, dtype=jnp.bfloat16, head_dim=128, packed=False):
-    return resolve_attention(name, target=target, dtype=dtype, head_dim=head_dim, packed=packed)
+def resolve(name, target=H100, dtype=jnp.bfloat16, head_dim=128, packed=False, seq_len=512):
+    case = {"dtype": dtype, "head_dim": head_dim, "packed": packed, "seq_len": seq_len}
+    return resolve_attention(name, target=target, **case)
 
 
 @pytest.fixture
@@ -247,6 +248,7 @@ def test_a_kernel_that_is_not_validated_runs_by_request_and_says_so(caplog):
         ("cudnn", {"target": CPU}, "needs an NVIDIA GPU, and this program is for cpu; use 'xla'"),
         ("cudnn", {"dtype": jnp.float32}, "bfloat16 or float16, not float32; use 'triton' or"),
         ("cudnn", {"head_dim": 256}, "head_dim up to 128 in steps of 8, not 256"),
+        ("cudnn", {"seq_len": 133}, "takes an even number of tokens, not 133"),
         ("cudnn", {"packed": True}, "no packed documents.*use 'triton' or 'tokamax' or 'xla'"),
         ("triton", {"target": CPU}, "needs an NVIDIA GPU, and this program is for cpu"),
         (

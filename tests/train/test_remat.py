@@ -30,7 +30,8 @@ def traced(ac: str, attention: str = "xla"):
     gpu = attention == "cudnn"
     dtype = jnp.bfloat16 if gpu else jnp.float32
     target = Target("gpu", "NVIDIA H100 80GB HBM3", 90) if gpu else Target("cpu")
-    attend = resolve_attention(attention, target=target, dtype=dtype, head_dim=H, packed=False)
+    case = {"dtype": dtype, "head_dim": H, "packed": False, "seq_len": T}
+    attend = resolve_attention(attention, target=target, **case)
 
     def layer(trainable, constants, x):
         _, tables = constants
