@@ -7,7 +7,7 @@
 Each kernel is compiled for each GPU, forward and backward, in a process per GPU (a kernel for the
 wrong one can end it); no GPU is needed for that. Where one of the GPUs is here, its kernels also
 run: time (median of rounds of launches, the device synchronised after each round), TFLOP/s, share
-of the GPU's matmul peak, and the error against the plain fp32 implementation. `--tune` first times
+of the GPU's data-sheet peak, and the error against the plain fp32 implementation. `--tune` first times
 tiles and keeps the best ones in `jaxrl_kernels/tiles.json`, which the kernels read.
 
 Writes one JSON object per op x implementation x gpu x shape x direction.
@@ -267,7 +267,7 @@ def facts(p: Problem, row: dict, shape, target, kernels) -> dict:
     if row["implementation"] == "triton" and p.visited:
         passes = ("forward",) if row["direction"] == "forward" else ("dq", "dkv")
         of = lambda w: tiles.attention(  # noqa: E731
-            w, target.gpu, target.capability, "bfloat16", shape.H, shape.T
+            w, target.gpu, target.capability, "bfloat16", shape.H, shape.T, shape.N // shape.K
         )
         said["visited_blocks"] = sum(p.visited(of(w)) for w in passes)
     return said
@@ -304,11 +304,9 @@ def failed(error: Exception) -> dict:
 def run_rows(args, gpu_name: str) -> Iterator[dict]:
     """Rows of the GPU that is here: compiled side by side, then compared and timed one by one."""
     from jaxrl.ops.registry import Target
-    from jaxrl.perf.hardware import measure_matmul_peak
+    from jaxrl.perf.hardware import gpu
 
-    target = Target.here()
-    peak = measure_matmul_peak("bfloat16", sizes=(8192,), repetitions=10)
-    print(f"{target}: bf16 matmul peak {peak / 1e12:.0f} TFLOP/s", file=sys.stderr)
+    target, peak = Target.here(), gpu(gpu_name).bf16_flops
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         prepared = list(pool.map(lambda item: prepare(*item, target), rows_of(args, gpu_name)))
     for row, timing in prepared:

@@ -112,7 +112,7 @@ def forward(static: _Static, q, k, v, starts, ends) -> tuple[Array, Array]:
     from jaxrl_kernels.flash_attention.kernels import forward_kernel
 
     B, T, N, H = q.shape
-    tile = tiles.attention("forward", static.gpu, static.capability, q.dtype, H, T)
+    tile = _tile("forward", static, q, k)
     bounds = _bounds(static, starts, ends)
     out, lse = launch(
         forward_kernel,
@@ -134,7 +134,7 @@ def backward_dq(static: _Static, q, k, v, starts, ends, dout, lse, delta) -> Arr
     from jaxrl_kernels.flash_attention.kernels import dq_kernel
 
     B, T, N, H = q.shape
-    tile = tiles.attention("dq", static.gpu, static.capability, q.dtype, H, T)
+    tile = _tile("dq", static, q, k)
     (dq,) = launch(
         dq_kernel,
         *(q, k, v, dout.astype(q.dtype), lse, delta, *_bounds(static, starts, ends)),
@@ -152,7 +152,7 @@ def backward_dkv(static: _Static, q, k, v, starts, ends, dout, lse, delta) -> tu
     from jaxrl_kernels.flash_attention.kernels import dkv_kernel
 
     B, T, K, H = k.shape
-    tile = tiles.attention("dkv", static.gpu, static.capability, q.dtype, H, T)
+    tile = _tile("dkv", static, q, k)
     dk, dv = launch(
         dkv_kernel,
         *(q, k, v, dout.astype(q.dtype), lse, delta, *_bounds(static, starts, ends)),
@@ -163,6 +163,11 @@ def backward_dkv(static: _Static, q, k, v, starts, ends, dout, lse, delta) -> tu
         **_shared(static, q, k, tile),
     )
     return dk, dv
+
+
+def _tile(which: str, static: _Static, q, k) -> tiles.Tile:
+    (_, T, N, H), K = q.shape, k.shape[2]
+    return tiles.attention(which, static.gpu, static.capability, q.dtype, H, T, N // K)
 
 
 def _bounds(static: _Static, starts, ends):
