@@ -7,8 +7,8 @@
 Each kernel is compiled for each GPU, forward and backward, in a process per GPU (a kernel for the
 wrong one can end it); no GPU is needed for that. Where one of the GPUs is here, its kernels also
 run: time (median of rounds of launches, the device synchronised after each round), TFLOP/s, share
-of the GPU's data-sheet peak, and the error against the plain fp32 implementation. `--tune` first times
-tiles and keeps the best ones in `jaxrl_kernels/tiles.json`, which the kernels read.
+of the GPU's data-sheet peak, and the error against the plain fp32 implementation. `--tune` times
+tiles first and keeps the best ones in `jaxrl_kernels/tiles.json`, which the kernels read.
 
 Writes one JSON object per op x implementation x gpu x shape x direction.
 """
@@ -267,7 +267,7 @@ def facts(p: Problem, row: dict, shape, target, kernels) -> dict:
     if row["implementation"] == "triton" and p.visited:
         passes = ("forward",) if row["direction"] == "forward" else ("dq", "dkv")
         of = lambda w: tiles.attention(  # noqa: E731
-            w, target.gpu, target.capability, "bfloat16", shape.H, shape.T, shape.N // shape.K
+            w, target.gpu, target.capability, "bfloat16", shape.H, shape.T, shape.N
         )
         said["visited_blocks"] = sum(p.visited(of(w)) for w in passes)
     return said

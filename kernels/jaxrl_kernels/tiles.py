@@ -30,19 +30,20 @@ def attention(
     dtype,
     head_dim: int,
     T: int,
-    groups: int = 1,
+    heads: int = 1,
 ) -> Tile:
-    """Tile of an attention kernel ("forward", "dq", "dkv"); `groups`: query heads per key head.
+    """Tile of an attention kernel ("forward", "dq", "dkv") for `heads` query heads.
 
     Tuned for this GPU, dtype and head_dim if `bench/kernels.py` has run there; else defaults that
     fit the shared memory of its architecture. Never longer than T, rounded up to a power of two.
     """
     head = max(16, 1 << (head_dim - 1).bit_length())
     tuned = tuned_tiles().get(attention_key(which, gpu, dtype, head))
-    if which == "dkv" and groups > 8 and (capability or 0) // 10 == 9:
-        tuned = None  # the fastest tile spills a few bytes there
+    odd = bool(heads & (heads - 1))  # no power of two: addresses take more registers
+    if which == "dkv" and odd and (capability or 0) // 10 == 9:
+        tuned = None  # the fastest tile would spill
     itemsize = np.dtype(dtype).itemsize
-    tile = Tile(**tuned) if tuned else _default(which, capability, itemsize, head, groups)
+    tile = Tile(**tuned) if tuned else _default(which, capability, itemsize, head, odd)
     longest = max(16, 1 << (T - 1).bit_length())
     return dataclasses.replace(
         tile, block_q=min(tile.block_q, longest), block_k=min(tile.block_k, longest)
@@ -148,7 +149,7 @@ def save(tuned: dict[str, dict[str, int]]) -> None:
     _file.cache_clear()
 
 
-def _default(which: str, capability: int | None, itemsize: int, head: int, groups: int) -> Tile:
+def _default(which: str, capability: int | None, itemsize: int, head: int, odd: bool) -> Tile:
     # Hopper's are the fastest of those timed on an H200. No spills at the models' shapes, packed or
     # not, and what fits the shared memory of a program:
     # 99 KiB on sm_86 and sm_89, 163 on sm_80, 227 from sm_90 on.
@@ -164,7 +165,7 @@ def _default(which: str, capability: int | None, itemsize: int, head: int, group
         of = {8: Tile(64, 64, 8, 2), 9: Tile(128, 64, 8 if head == 128 else 4, 3)}
         return of.get(generation, Tile(64, 64, 4, 2))
     if head == 128:
-        of = {8: Tile(64, 64, 8, 2), 9: Tile(32, 128, 8, 2) if groups > 8 else Tile(32, 64, 4, 2)}
+        of = {8: Tile(64, 64, 8, 2), 9: Tile(32, 128, 8, 2) if odd else Tile(32, 64, 4, 2)}
         return of.get(generation, Tile(64, 32, 4, 2))
     of = {8: Tile(32, 64, 4, 2), 9: Tile(64, 64, 4, 2)}
     return of.get(generation, Tile(64, 64, 8, 2))

@@ -13,6 +13,9 @@ import subprocess
 import sys
 
 import pytest
+from jaxrl_kernels import tiles
+
+from jaxrl.perf import hardware
 
 # T, N, K, H of the eight models' layers (two share theirs), and the longest published row.
 SHAPES = {
@@ -33,12 +36,26 @@ NAMES = ["dkv_kernel", "dq_kernel", "forward_kernel"]
 
 @functools.cache
 def compiled(gpu):
+    """What the script prints. An H200 is an H100 to the compiler: with its tiles, once is enough."""
+    if gpu == "H200" and all(tile(gpu, *case) == tile("H100", *case) for case in cases()):
+        return compiled("H100")
     env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     done = subprocess.run(
         [sys.executable, __file__, gpu], env=env, capture_output=True, text=True, timeout=540
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def cases():
+    for T, N, _, H in SHAPES.values():
+        for which in ("forward", "dq", "dkv"):
+            yield which, H, T, N
+
+
+def tile(gpu, which, H, T, N):
+    (kind, *_) = hardware.gpu(gpu).device_kinds
+    return tiles.attention(which, kind, 90, "bfloat16", H, T, N)
 
 
 @pytest.mark.slow

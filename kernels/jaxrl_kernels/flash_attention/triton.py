@@ -111,8 +111,8 @@ def forward(static: _Static, q, k, v, starts, ends) -> tuple[Array, Array]:
     """(out [B, T, N, H], lse [B, N, T])."""
     from jaxrl_kernels.flash_attention.kernels import forward_kernel
 
-    B, T, N, H = q.shape
-    tile = _tile("forward", static, q, k)
+    B, T, N, _ = q.shape
+    tile = _tile("forward", static, q)
     bounds = _bounds(static, starts, ends)
     out, lse = launch(
         forward_kernel,
@@ -133,8 +133,8 @@ def backward_dq(static: _Static, q, k, v, starts, ends, dout, lse, delta) -> Arr
     """dq, given the log-sum-exp and delta = sum(dout * out), fp32 [B, N, T]."""
     from jaxrl_kernels.flash_attention.kernels import dq_kernel
 
-    B, T, N, H = q.shape
-    tile = _tile("dq", static, q, k)
+    B, T, N, _ = q.shape
+    tile = _tile("dq", static, q)
     (dq,) = launch(
         dq_kernel,
         *(q, k, v, dout.astype(q.dtype), lse, delta, *_bounds(static, starts, ends)),
@@ -151,8 +151,8 @@ def backward_dkv(static: _Static, q, k, v, starts, ends, dout, lse, delta) -> tu
     """(dk, dv), as `backward_dq`."""
     from jaxrl_kernels.flash_attention.kernels import dkv_kernel
 
-    B, T, K, H = k.shape
-    tile = _tile("dkv", static, q, k)
+    B, T, K, _ = k.shape
+    tile = _tile("dkv", static, q)
     dk, dv = launch(
         dkv_kernel,
         *(q, k, v, dout.astype(q.dtype), lse, delta, *_bounds(static, starts, ends)),
@@ -165,9 +165,9 @@ def backward_dkv(static: _Static, q, k, v, starts, ends, dout, lse, delta) -> tu
     return dk, dv
 
 
-def _tile(which: str, static: _Static, q, k) -> tiles.Tile:
-    (_, T, N, H), K = q.shape, k.shape[2]
-    return tiles.attention(which, static.gpu, static.capability, q.dtype, H, T, N // K)
+def _tile(which: str, static: _Static, q) -> tiles.Tile:
+    _, T, N, H = q.shape
+    return tiles.attention(which, static.gpu, static.capability, q.dtype, H, T, N)
 
 
 def _bounds(static: _Static, starts, ends):
