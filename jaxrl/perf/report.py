@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
+from jaxrl_kernels.validated import is_validated
 from rich.markup import escape
 from rich.table import Table
 
@@ -133,6 +134,12 @@ def notes(results: Sequence[Result]) -> list[str]:
                 "A utilisation above 100 % is no result: the host was busy while its peak was "
                 "measured. Run again on an idle one, with --config.resume=false."
             )
+    unproven = {f"{r['attn_compiled']} on {r['gpu']}" for r in results if _not_validated(r)}
+    if unproven:
+        said.append(
+            f"Attention not yet validated: {', '.join(sorted(unproven))}; its tests have not run "
+            "there (pytest -m gpu)."
+        )
     for what, key, verb in (
         ("the published peak", "baseline_peak_mem_gib", "use"),
         ("the floor", "floor_mem_gib", "are at"),
@@ -150,6 +157,14 @@ def notes(results: Sequence[Result]) -> list[str]:
                 f"at worst {worst:.2f} x ({title})."
             )
     return said
+
+
+def _not_validated(result: Result) -> bool:
+    """Whether the row's attention is a kernel of ours that this GPU has not been shown to run."""
+    gpu = GPUS.get(result["gpu"])
+    if gpu is None or result.get("attn_compiled") != "triton":
+        return False
+    return not any(is_validated("attention triton", kind) for kind in gpu.device_kinds)
 
 
 def ordered(results: Sequence[Result]) -> list[Result]:

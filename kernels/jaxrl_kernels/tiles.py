@@ -8,7 +8,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-import numpy as np
+import jax.numpy as jnp
 
 TUNED = pathlib.Path(__file__).with_name("tiles.json")
 
@@ -42,7 +42,7 @@ def attention(
     odd = bool(heads & (heads - 1))  # no power of two: addresses take more registers
     if which == "dkv" and odd and (capability or 0) // 10 == 9:
         tuned = None  # the fastest tile would spill
-    itemsize = np.dtype(dtype).itemsize
+    itemsize = jnp.dtype(dtype).itemsize
     tile = Tile(**tuned) if tuned else _default(which, capability, itemsize, head, odd)
     longest = max(16, 1 << (T - 1).bit_length())
     return dataclasses.replace(
@@ -52,7 +52,7 @@ def attention(
 
 def attention_key(which: str, gpu: str | None, dtype, head: int) -> str:
     """A tuned tile's name in `tiles.json`."""
-    return f"attention {which} {gpu} {np.dtype(dtype).name} {head}"
+    return f"attention {which} {gpu} {jnp.dtype(dtype).name} {head}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def grouped_matmul(
     if tuned:
         tile = GroupedTile(**tuned)
     else:
-        tile = _default_grouped(which, capability, np.dtype(dtype).itemsize, K, N)
+        tile = _default_grouped(which, capability, jnp.dtype(dtype).itemsize, K, N)
     return dataclasses.replace(
         tile,
         block_m=min(tile.block_m, _power_of_two(M)),
@@ -95,7 +95,7 @@ def grouped_matmul(
 def grouped_matmul_key(which: str, gpu: str | None, dtype, K: int, N: int) -> str:
     """A tuned tile's name in `tiles.json`. K and N of 256 and more are one class each."""
     K, N = min(_power_of_two(K), 256), min(_power_of_two(N), 256)
-    return f"grouped_matmul {which} {gpu} {np.dtype(dtype).name} {K} {N}"
+    return f"grouped_matmul {which} {gpu} {jnp.dtype(dtype).name} {K} {N}"
 
 
 def _power_of_two(n: int) -> int:

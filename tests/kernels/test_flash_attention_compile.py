@@ -36,7 +36,7 @@ NAMES = ["dkv_kernel", "dq_kernel", "forward_kernel"]
 
 @functools.cache
 def compiled(gpu):
-    """What the script prints. An H200 is an H100 to the compiler: with its tiles, once is enough."""
+    """What the script prints. An H200 is an H100 to the compiler: with its tiles, once will do."""
     if gpu == "H200" and all(tile(gpu, *case) == tile("H100", *case) for case in cases()):
         return compiled("H100")
     env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
