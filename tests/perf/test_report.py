@@ -11,6 +11,7 @@ from jaxrl.perf.results import KEYS, make_result
 from jaxrl.perf.rows import parse_row, proxy_row
 from jaxrl.perf.runner import Job
 
+GPU_NAMES = ("H200", "A6000", "H100")
 ROW = parse_row("Qwen3-0.6B", "rl full 16384 recompute fa3 1xH100")
 BASE = Baseline(mfu_pct=15.3, tps=16447, step_time_s=1.0, peak_mem_gib=12.5)
 
@@ -126,3 +127,15 @@ def test_results_have_the_promised_keys_first_and_no_nan():
     assert r["hfu_pct"] is None and r["num_layers"] == 3 and r["status"] == "ok"
     failed = result(error="boom")
     assert (failed["status"], failed["error"], failed["tps"]) == ("failed", "boom", None)
+
+
+def test_kernels_that_their_gpu_has_not_validated_are_named(monkeypatch):
+    known = {("attention triton", "NVIDIA H200")}
+    monkeypatch.setattr(report, "is_validated", lambda *key: key in known)
+    rows = {gpu: parse_row("Qwen3-0.6B", f"rl full 16384 none fa2 1x{gpu}") for gpu in GPU_NAMES}
+    results = [result(row=row, attn_compiled="triton") for row in rows.values()]
+    assert [n for n in report.notes(results) if "validated" in n] == [
+        "Attention not yet validated: triton on A6000, triton on H100; its tests have not run there "
+        "(pytest -m gpu)."
+    ]
+    assert not report.notes([result(row=rows["A6000"], attn_compiled="cudnn")])
