@@ -15,6 +15,8 @@ def has_nvidia_gpu() -> bool:
 def use_cpu_without_gpu() -> None:
     """Without a GPU: run on CPU, and keep JAX's CUDA plugin from probing for a driver.
 
+    Also keeps Triton from warning of a default to come, with a GPU and without.
+
     The plugin is installed on such hosts to compile for GPUs (the `plan` extra); probing would
     print a traceback. Leaves a platform that the user chose alone.
     """

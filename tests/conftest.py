@@ -1,7 +1,8 @@
 """Every test runs on CPU, split into eight virtual devices; `pytest -m gpu` runs on the GPU here.
 
 On a GPU, a kernel all of whose tests (`@pytest.mark.validates(KERNEL)`) pass is written into
-`jaxrl_kernels/validated.json`, which lets "auto" take it, and a table to send back is printed.
+`jaxrl_kernels/validated.json`, which lets "auto" take it, and a table to send back is printed:
+tests/validation.py.
 """
 
 import datetime
@@ -20,7 +21,9 @@ import jax
 import pytest
 from jaxrl._platform import has_nvidia_gpu
 
-OUTCOMES: dict[str, list[bool]] = {}  # of each kernel's tests on the GPU
+from validation import Validation
+
+VALIDATION = Validation()
 
 
 def on_gpu(config: pytest.Config) -> bool:
@@ -30,6 +33,7 @@ def on_gpu(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if on_gpu(config):
         os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"  # only the kernels matter here
+        config.pluginmanager.register(VALIDATION)
         return
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
@@ -40,44 +44,30 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not has_nvidia_gpu():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this host"))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    report = yield
-    mark = item.get_closest_marker("validates")
-    if mark and item.get_closest_marker("gpu"):
-        report.user_properties.append(("validates", mark.args[0]))
-    return report
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    for name, kernel in report.user_properties:
-        if name == "validates" and (report.when == "call" or report.failed):
-            OUTCOMES.setdefault(str(kernel), []).append(report.passed)
+    if on_gpu(config):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="for `pytest -m gpu` on a host with a GPU"))
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
-    if not OUTCOMES or not on_gpu(config) or hasattr(config, "workerinput"):
+    if not VALIDATION.expected or hasattr(config, "workerinput"):
         return
     from jaxrl_kernels import validated
 
     from jaxrl.perf.provenance import versions
 
     gpu = jax.devices()[0].device_kind
-    names = ("jax", "jaxlib", "jax-triton", "triton", "nvidia-cudnn-cu13")
+    names = ("jax", "jaxlib", "jax-triton", "triton", "tokamax", "nvidia-cudnn-cu13")
     facts = {name: v for name, v in versions().items() if name in names}
     facts["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     terminalreporter.section(f"kernels on {gpu}")
     terminalreporter.line(", ".join(f"{k} {v}" for k, v in facts.items()))
-    for kernel, passed in sorted(OUTCOMES.items()):
-        whole = exitstatus in (0, 1) and not config.getoption("keyword")
-        good = whole and all(passed) and not any("::" in arg for arg in config.args)
-        if good:
+    for kernel, tests in sorted(VALIDATION.expected.items()):
+        why_not = VALIDATION.why_not(config, exitstatus, kernel)
+        if why_not is None:
             validated.record(kernel, gpu, facts)
-        said = "validated" if good else "not validated"
-        terminalreporter.line(f"{kernel}: {sum(passed)} of {len(passed)} tests passed, {said}")
+        said = f"not validated: {why_not}" if why_not else "validated"
+        passed = len(VALIDATION.passed[kernel])
+        terminalreporter.line(f"{kernel}: {passed} of {len(tests)} tests passed, {said}")

@@ -107,6 +107,8 @@ def _why_not_cudnn(
 ) -> str | None:
     if target.backend != "gpu":
         return f"needs an NVIDIA GPU, and this program is for {target.backend}"
+    if target.capability < 80:
+        return f"needs sm_80 or newer, and this is sm_{target.capability}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 or float16, not {jnp.dtype(dtype).name}"
     if head_dim > 128 or head_dim % 8:

@@ -19,10 +19,10 @@ def grouped_matmul(
 ) -> Float[Array, "M N"]:
     """Rows times their expert's weights, in the dtype of x; sums in fp32; differentiable.
 
-    x holds group_sizes[0] rows of expert 0, then those of expert 1, ...; rows beyond all groups
-    yield zeros. w is multiplied in the dtype of x, and its gradient has its own dtype. target: what
-    the program is for, default the default device. Raises ValueError where `implementation` cannot
-    do this there, naming those that can.
+    x holds group_sizes[0] rows of expert 0, then those of expert 1, ...; group_sizes sums to at
+    most M, and rows beyond all groups yield zeros. w is multiplied in the dtype of x, and its
+    gradient has its own dtype. target: what the program is for, default the default device. Raises
+    ValueError where `implementation` cannot do this there, naming those that can.
 
     Kernels are opaque to the SPMD partitioner: over several devices, call it in a `shard_map`.
     """

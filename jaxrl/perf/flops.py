@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
+from jaxrl_kernels.flash_attention.cost import pairs
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -84,8 +85,7 @@ def attention_flops(
     key of `ATTENTION_PRODUCTS`; each product is 2 H FLOPs per head and (query, key) pair.
     """
     lengths = [doc_lengths] if isinstance(doc_lengths, int) else doc_lengths
-    pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
-    return ATTENTION_PRODUCTS[which] * 2 * B * N * H * pairs
+    return ATTENTION_PRODUCTS[which] * 2 * B * N * H * pairs(lengths, causal=causal)
 
 
 def model_flops_per_step(

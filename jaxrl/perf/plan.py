@@ -116,13 +116,15 @@ def _kernel_flops(call: hlo.CallSite, program: Program) -> float:
     if call.target.startswith("__cudnn$fmha"):
         which = "flash_backward" if "Backward" in call.target else "forward"
         return _attention_flops(program, rows, which)
-    if call.target.startswith("mosaic_gpu"):
+    if call.target.startswith("mosaic_gpu") and "/attend/" in call.op_name:
         forward = _attention_flops(program, rows, "forward")
         # Recomputed within the layer's backward, a forward is still one: look behind "attend".
         if "transpose(" not in call.op_name.rpartition("/attend/")[2]:
             return forward
         products = tokamax_kernels.BACKWARD_PRODUCTS / tokamax_kernels.BACKWARD_CALLS
         return forward * products / flops.ATTENTION_PRODUCTS["forward"]
+    if call.target.startswith(("mosaic_gpu", "triton_kernel_call")):
+        raise RuntimeError(f"a kernel that declares no FLOPs is not counted: {call.op_name}")
     return 0
 
 

@@ -28,6 +28,7 @@ PACKAGES = (
     "nvidia-cudnn-cu13",
     "jax-triton",
     "triton",
+    "tokamax",
 )
 # Options that say where results go or which rows run, not what a row's numbers are.
 _NOT_SETTINGS = ("table", "rows", "mode", "output", "resume", "baseline", "jobs", "time_limit_s")

@@ -164,7 +164,7 @@ def _not_validated(result: Result) -> bool:
     gpu = GPUS.get(result["gpu"])
     if gpu is None or result.get("attn_compiled") != "triton":
         return False
-    return not any(is_validated("attention triton", kind) for kind in gpu.device_kinds)
+    return not is_validated("attention triton", gpu.device_kinds[0])
 
 
 def ordered(results: Sequence[Result]) -> list[Result]:

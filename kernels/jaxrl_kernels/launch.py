@@ -1,4 +1,4 @@
-"""Launch Triton kernels from JAX: the only file that calls jax-triton.
+"""Launch Triton kernels from JAX: the only file that imports jax-triton.
 
 A kernel is launched with everything static as a keyword. Under `interpreted()` the same launch runs
 in Triton's numpy interpreter on the CPU instead, so the JAX code around a kernel is tested as is.
@@ -6,15 +6,17 @@ in Triton's numpy interpreter on the CPU instead, so the JAX code around a kerne
 
 import contextlib
 import contextvars
+import dataclasses
 import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 
-# The oldest PTX that knows every GPU here (sm_100a came with 8.6). Triton would write the newest
-# its own ptxas knows, which the ptxas that XLA calls, of an older CUDA, refuses.
-PTX_VERSION = 86
+# The oldest PTX that knows the GPU: sm_100a came with 8.6, sm_103a and sm_120a by 8.8. Triton would
+# write the newest its own ptxas knows, which the ptxas that XLA calls, of an older CUDA, refuses.
+PTX_VERSION, NEWER_PTX_VERSION = 86, 88
 
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
@@ -54,6 +56,8 @@ def launch(
         return interpret(kernel, inputs, out, grid, static)
     import jax_triton
 
+    newer = capability is not None and capability > 100
+    ptx_version = NEWER_PTX_VERSION if newer else PTX_VERSION
     with jax.named_scope(name):  # the program's text names calls by their scope only
         return jax_triton.triton_call(
             *inputs,
@@ -64,10 +68,45 @@ def launch(
             compute_capability=capability,
             num_warps=num_warps,
             num_stages=num_stages,
-            backend_options={"ptx_version": PTX_VERSION, "enable_fp_fusion": True},
+            backend_options={"ptx_version": ptx_version, "enable_fp_fusion": True},
             cost_estimate={"flops": flops, "bytes_accessed": bytes_accessed},
             **static,
         )
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[list["Compiled"]]:
+    """The kernels that are compiled inside, in order, each once (compiled ones are cached)."""
+    from jax_triton import triton_lib
+
+    original, compiled = triton_lib.compile_ttir_inplace, []
+
+    def collecting(ttir, backend, options, gpu_target):
+        result = original(ttir, backend, options, gpu_target)
+        compiled.append(
+            Compiled(
+                name=result.name,
+                ptx=result.binary,
+                smem_bytes=result.shared_mem_bytes,
+                capability=gpu_target.arch,
+                num_warps=options.num_warps,
+            )
+        )
+        return result
+
+    with mock.patch.object(triton_lib, "compile_ttir_inplace", collecting):
+        yield compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for a GPU: its PTX, and its shared memory per program in bytes."""
+
+    name: str
+    ptx: str
+    smem_bytes: int
+    capability: int
+    num_warps: int
 
 
 def why_not_triton(capability: int) -> str | None:

@@ -3,15 +3,13 @@
 Read from ptxas and the disassembler that come with Triton; no GPU is needed.
 """
 
-import contextlib
 import dataclasses
 import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from typing import Any
-from unittest import mock
+
+from jaxrl_kernels.launch import Compiled
 
 # Tensor-core instructions in SASS: Ampere's, Hopper's warpgroup ones, Blackwell's.
 MMA = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA)\b")
@@ -29,37 +27,20 @@ class Resources:
     mma_instructions: int
 
 
-@contextlib.contextmanager
-def collect() -> Iterator[list[Any]]:
-    """jax-triton's compilation results of the kernels lowered inside, in order, each once."""
-    from jax_triton import triton_lib
-
-    original, results = triton_lib.compile_ttir_inplace, []
-
-    def collecting(ttir, backend, options, gpu_target):
-        result = original(ttir, backend, options, gpu_target)
-        results.append((result, gpu_target.arch, options.num_warps))
-        return result
-
-    with mock.patch.object(triton_lib, "compile_ttir_inplace", collecting):
-        yield results
-
-
-def resources(collected: tuple[Any, int, int]) -> Resources:
-    """Assemble one of `collect`'s results and read what it needs."""
-    result, capability, _ = collected
-    arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+def resources(kernel: Compiled) -> Resources:
+    """Assemble one of `launch.collect`'s kernels and read what it needs."""
+    arch = f"sm_{kernel.capability}{'a' if kernel.capability >= 90 else ''}"
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = pathlib.Path(folder, "k.ptx"), pathlib.Path(folder, "k.cubin")
-        ptx.write_text(result.binary)
+        ptx.write_text(kernel.ptx)
         said = _run(_tool("ptxas-blackwell"), "-v", f"-arch={arch}", str(ptx), "-o", str(cubin))
         sass = _run(_tool("nvdisasm"), "-c", str(cubin))
+    spilled = [_find(rf"(\d+) bytes spill {way}", said) for way in ("stores", "loads")]
     return Resources(
-        name=result.name,
+        name=kernel.name,
         registers=int(_find(r"Used (\d+) registers", said)),
-        spill_bytes=int(_find(r"(\d+) bytes spill stores", said))
-        + int(_find(r"(\d+) bytes spill loads", said)),
-        smem_bytes=result.shared_mem_bytes,
+        spill_bytes=sum(map(int, spilled)),
+        smem_bytes=kernel.smem_bytes,
         mma_instructions=len(MMA.findall(sass)),
     )
 

@@ -37,14 +37,14 @@ def attention(
     Tuned for this GPU, dtype and head_dim if `bench/kernels.py` has run there; else defaults that
     fit the shared memory of its architecture. Never longer than T, rounded up to a power of two.
     """
-    head = max(16, 1 << (head_dim - 1).bit_length())
+    head = power_of_two(head_dim)
     tuned = tuned_tiles().get(attention_key(which, gpu, dtype, head))
     odd = bool(heads & (heads - 1))  # no power of two: addresses take more registers
     if which == "dkv" and odd and (capability or 0) // 10 == 9:
         tuned = None  # the fastest tile would spill
     itemsize = jnp.dtype(dtype).itemsize
     tile = Tile(**tuned) if tuned else _default(which, capability, itemsize, head, odd)
-    longest = max(16, 1 << (T - 1).bit_length())
+    longest = power_of_two(T)
     return dataclasses.replace(
         tile, block_q=min(tile.block_q, longest), block_k=min(tile.block_k, longest)
     )
@@ -84,21 +84,24 @@ def grouped_matmul(
         tile = GroupedTile(**tuned)
     else:
         tile = _default_grouped(which, capability, jnp.dtype(dtype).itemsize, K, N)
+    if which != "dw" and tile.block_n < N and N % tile.block_n and N % (tile.block_n // 2) == 0:
+        tile = dataclasses.replace(tile, block_n=tile.block_n // 2)  # no half-empty last column
     return dataclasses.replace(
         tile,
-        block_m=min(tile.block_m, _power_of_two(M)),
-        block_n=min(tile.block_n, _power_of_two(N)),
-        block_k=min(tile.block_k, _power_of_two(K)),
+        block_m=min(tile.block_m, power_of_two(M)),
+        block_n=min(tile.block_n, power_of_two(N)),
+        block_k=min(tile.block_k, power_of_two(K)),
     )
 
 
 def grouped_matmul_key(which: str, gpu: str | None, dtype, K: int, N: int) -> str:
     """A tuned tile's name in `tiles.json`. K and N of 256 and more are one class each."""
-    K, N = min(_power_of_two(K), 256), min(_power_of_two(N), 256)
+    K, N = min(power_of_two(K), 256), min(power_of_two(N), 256)
     return f"grouped_matmul {which} {gpu} {jnp.dtype(dtype).name} {K} {N}"
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n and 16, the smallest side of a product."""
     return max(16, 1 << (n - 1).bit_length())
 
 
@@ -115,7 +118,7 @@ def _default_grouped(
     if which == "dw":
         return GroupedTile(64, 256, 128, 8, 3, 8) if hopper else GroupedTile(32, 128, 128, 8, 4, 8)
     if hopper:
-        return GroupedTile(128, 128 if N % 256 else 256, 64, 8, 3, 4 if which == "dx" else 8)
+        return GroupedTile(128, 256, 64, 8, 3, 4 if which == "dx" else 8)
     return GroupedTile(128, 128, 32, 8, 4, 8)
 
 

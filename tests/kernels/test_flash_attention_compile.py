@@ -97,7 +97,7 @@ def main(gpu):
     import jax.numpy as jnp
     import numpy as np
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-    from jaxrl_kernels import resources
+    from jaxrl_kernels import launch, resources
 
     from jaxrl.ops.attention import resolve_attention
     from jaxrl.ops.registry import Target
@@ -120,7 +120,7 @@ def main(gpu):
             return jax.vjp(lambda *qkv: attend(H, T, packed)(*qkv, ids), q, k, v)[1](dout)
 
         arrays = [array(1, T, n, H) for n in (N, K, K, N)]
-        with compile_only.as_device(mesh), resources.collect() as found:
+        with compile_only.as_device(mesh), launch.collect() as found:
             lowered = jax.jit(gradients).lower(*arrays, array(1, T, dtype="int32"))
         return lowered, found
 
@@ -129,7 +129,7 @@ def main(gpu):
         for packed in (False, True) if name in PACKED else (False,):
             lowered, found = lower(*shape, packed)
             kernels[f"{name} packed" if packed else name] = [
-                dataclasses.asdict(resources.resources(kernel)) | {"num_warps": kernel[2]}
+                dataclasses.asdict(resources.resources(kernel)) | {"num_warps": kernel.num_warps}
                 for kernel in found
             ]
             if name == "longest":

@@ -290,6 +290,36 @@ def test_triton_on_gpu(op, case):
     check(got, op, operands, sizes, dy, ROUNDING[dtype] * roundings)
 
 
+@pytest.mark.gpu
+@pytest.mark.validates("grouped_matmul tokamax")
+@pytest.mark.parametrize("case", ["one_giant", "bfloat16", "no_tile_multiples"])
+def test_tokamax_on_gpu(case):
+    *shape, dtype, _ = (CASES | LARGE)[case]
+    operands, sizes, dy = arrays("grouped_matmul", *shape, dtype, dtype)
+    x, w = operands
+    features = {"dtype": x.dtype, "features": (w.shape[1], w.shape[2])}
+    if case == "no_tile_multiples":  # its Mosaic kernels take steps of 64 or 128 only
+        with pytest.raises(ValueError, match="takes features in steps of"):
+            GROUPED_MATMUL.resolve("tokamax", Target.here(), **features)
+        return
+    _, fn = GROUPED_MATMUL.resolve("tokamax", Target.here(), **features)
+    got = jax.jit(lambda *a: value_and_gradients(fn, a[:-2], *a[-2:]))(*operands, sizes, dy)
+    check(got, "grouped_matmul", operands, sizes, dy, ROUNDING[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.validates("grouped_matmul triton")
+@pytest.mark.parametrize("op", OPS)
+def test_triton_repeats_bit_for_bit_on_gpu(op):
+    *shape, dtype, w_dtype = LARGE["bfloat16"]
+    operands, sizes, dy = arrays(op, *shape, dtype, w_dtype)
+    function = jax.jit(lambda *a: value_and_gradients(getattr(triton, op), a[:-2], *a[-2:]))
+    first, *others = (function(*operands, sizes, dy) for _ in range(3))
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
 H100, CPU = Target("gpu", "NVIDIA H100 80GB HBM3", 90), Target("cpu")
 
 

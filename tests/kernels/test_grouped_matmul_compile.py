@@ -73,7 +73,7 @@ def main(gpu):
     import jax.numpy as jnp
     import numpy as np
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-    from jaxrl_kernels import resources
+    from jaxrl_kernels import launch, resources
     from jaxrl_kernels.grouped_matmul import triton
 
     devices = compile_only.topology(gpu, 1)
@@ -85,14 +85,16 @@ def main(gpu):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=everywhere)
 
     def lower(op, K, N, *weights):
-        call = functools.partial(getattr(triton, op), gpu=gpu, capability=capability)
+        call = functools.partial(
+            getattr(triton, op), gpu=devices[0].device_kind, capability=capability
+        )
 
         def value_and_gradients(x, dy, sizes, *weights):
             out, vjp = jax.vjp(lambda x, *w: call(x, *w, sizes), x, *weights)
             return out, vjp(dy), call(x, *weights, sizes)
 
         arguments = (array(M, K), array(M, N), array(E, dtype="int32"), *weights)
-        with compile_only.as_device(mesh), resources.collect() as found:
+        with compile_only.as_device(mesh), launch.collect() as found:
             lowered = jax.jit(value_and_gradients).lower(*arguments)
         return lowered, found
 
@@ -107,7 +109,7 @@ def main(gpu):
                 name, weights = "grouped_lora_matmul", [*weights, array(E, K, R), array(E, R, N)]
             _, found = lower(name, K, N, *weights)
             kernels[f"{model} {op}"] = [
-                dataclasses.asdict(resources.resources(kernel)) | {"num_warps": kernel[2]}
+                dataclasses.asdict(resources.resources(kernel)) | {"num_warps": kernel.num_warps}
                 for kernel in found
             ]
     D, F = MODELS["30B-A3B"]

@@ -34,7 +34,8 @@ def test_a_tuned_tile_is_read_for_its_gpu_dtype_and_head_only():
     assert forward() == tuned != default
     assert forward(gpu="NVIDIA H100 80GB HBM3") == default
     assert forward(dtype=jnp.float16) == default
-    assert forward(H=64) != tuned
+    other = tiles.attention_key("forward", H200, "bfloat16", 64)
+    assert other not in tiles.tuned_tiles()
     # A head is padded to a power of two, and a row shorter than a tile takes a smaller one.
     assert forward(H=100) == tuned
     assert forward(T=20) == tiles.Tile(16, 32, 2, 5)
@@ -77,6 +78,15 @@ def test_a_gpu_is_validated_once_it_is_recorded():
     assert validated.is_validated("attention triton", H200)
     assert not validated.is_validated("grouped_matmul triton", H200)
     assert not validated.is_validated("attention triton", None)
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_change_of_the_kernel_takes_its_validation_back(monkeypatch):
+    validated.record("attention triton", H200, {})
+    validated.record("attention tokamax", H200, {})
+    assert validated.is_validated("attention triton", H200)
+    monkeypatch.setattr(validated, "source", lambda kernel: "another")
+    assert not validated.is_validated("attention triton", H200)
 
 
 def test_what_is_committed_can_be_read():

@@ -215,6 +215,7 @@ def test_auto_takes_what_others_have_validated():
     assert resolve("auto", packed=True).name == "tokamax"
     for why in (
         {"target": CPU},
+        {"target": V100},
         {"dtype": jnp.float32},
         {"head_dim": 256},
         {"head_dim": 100},

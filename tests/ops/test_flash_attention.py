@@ -133,6 +133,8 @@ def check(case: Case, implementation: str, target: Target, arrays=None):
     )
     eps = float(jnp.finfo(case.dtype).eps)
     tolerance = 16 * eps if case.dtype == "float32" else eps
+    if target.gpu and target != ANY_GPU:  # a GPU rounds to nearest, the interpreter cuts off
+        tolerance /= 2
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
         if name == "lse" and not case.lse:
             continue
@@ -142,6 +144,10 @@ def check(case: Case, implementation: str, target: Target, arrays=None):
         # A gradient that cancels to nothing (one-token documents) keeps fp32's rounding.
         error, rounding = np.linalg.norm(a - b), 2.0**-19 * np.sqrt(b.size)
         assert error < tolerance * np.linalg.norm(b) + rounding, (name, error)
+        if name != "lse":  # and no head of a row is worse than twice that
+            of_head = functools.partial(np.linalg.norm, axis=(1, 3))
+            limit = 2 * tolerance * of_head(b) + 2 * 2.0**-19 * np.sqrt(b[0, :, 0].size)
+            assert np.all(of_head(a - b) < limit), name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -206,8 +212,21 @@ def test_only_blocks_that_share_a_document_are_visited(docs, causal):
         visits = cost.visited_blocks(docs, tile.block_q, tile.block_k, causal=causal)
         expected += case.N * visits * cost.PRODUCTS[which]
     assert products == expected
-    # And a visit is no more than the documents need: every visited block holds a visible pair.
-    assert cost.visited_blocks(docs, 1, 1, causal=causal) == cost.pairs(docs, causal=causal)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True, database=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.booleans(), st.data())
+def test_a_visited_block_holds_a_visible_pair(docs, causal, data):
+    """`visited_blocks`, which the kernels' loops are counted against, against all pairs."""
+    block_q, block_k = (data.draw(st.sampled_from((1, 4, 16, 32))) for _ in "qk")
+    ids = np.repeat(np.arange(len(docs)), docs)
+    seen = ids[:, None] == ids[None, :]
+    if causal:
+        seen = np.tril(seen)
+    rows, columns = np.nonzero(seen)
+    blocks = {*zip(rows // block_q, columns // block_k, strict=True)}
+    assert cost.visited_blocks(docs, block_q, block_k, causal=causal) == len(blocks)
+    assert cost.pairs(docs, causal=causal) == seen.sum()
 
 
 def test_work_of_a_packed_row_is_that_of_its_documents():

@@ -134,8 +134,6 @@ def test_kernels_that_their_gpu_has_not_validated_are_named(monkeypatch):
     monkeypatch.setattr(report, "is_validated", lambda *key: key in known)
     rows = {gpu: parse_row("Qwen3-0.6B", f"rl full 16384 none fa2 1x{gpu}") for gpu in GPU_NAMES}
     results = [result(row=row, attn_compiled="triton") for row in rows.values()]
-    assert [n for n in report.notes(results) if "validated" in n] == [
-        "Attention not yet validated: triton on A6000, triton on H100; its tests have not run there "
-        "(pytest -m gpu)."
-    ]
+    (said,) = (note for note in report.notes(results) if "validated" in note)
+    assert said.startswith("Attention not yet validated: triton on A6000, triton on H100; its ")
     assert not report.notes([result(row=rows["A6000"], attn_compiled="cudnn")])

@@ -197,7 +197,7 @@ def _shared(static: _Static, q, k, tile: tiles.Tile) -> dict:
         "H": H,
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
-        "BLOCK_H": max(16, 1 << (H - 1).bit_length()),
+        "BLOCK_H": tiles.power_of_two(H),
         "CAUSAL": static.causal,
         "PACKED": static.packed,
         # Three TF32 products per fp32 one would still round; these are exact.

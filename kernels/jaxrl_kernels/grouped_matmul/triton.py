@@ -205,7 +205,7 @@ def rows_product(
         bytes_accessed=cost.rows_bytes(M, E, [x.shape[1] for x, _ in pairs], N, dtype.itemsize),
         K2=K2,
         TRANSPOSED=transposed,
-        BLOCK_K2=min(tile.block_k, max(16, 1 << (K2 - 1).bit_length())),
+        BLOCK_K2=min(tile.block_k, tiles.power_of_two(K2)),
         **_walk(static, tile, M, E, K, N, dtype),
     )
     return out

@@ -1,0 +1,73 @@
+"""A run that has not shown that a kernel works must not say so: every way to run a part of it."""
+
+import pytest
+from validation import Validation
+
+pytest_plugins = ["pytester"]
+
+TESTS = """
+import pytest
+
+@pytest.mark.gpu
+@pytest.mark.validates("other")
+def test_other():
+    assert {other}
+
+@pytest.mark.gpu
+@pytest.mark.validates("mine")
+@pytest.mark.parametrize("n", [1, 2])
+def test_mine(n):
+    assert {mine}
+"""
+
+
+class Verdict:
+    """Asks for the verdict at the end of the run, as the conftest does."""
+
+    def __init__(self, validation):
+        self.validation, self.said = validation, "never asked"
+
+    def pytest_terminal_summary(self, terminalreporter, exitstatus, config):
+        self.said = self.validation.why_not(config, exitstatus, "mine")
+
+
+@pytest.fixture
+def run(pytester):
+    pytester.makeini("[pytest]\nmarkers =\n gpu: x\n validates(kernel): x\ntestpaths = .\n")
+
+    def run(*args, mine="True", other="True"):
+        pytester.makepyfile(test_kernels=TESTS.format(mine=mine, other=other))
+        validation = Validation()
+        verdict = Verdict(validation)
+        pytester.inline_run(*args, plugins=[validation, verdict])
+        return verdict.said
+
+    return run
+
+
+def test_a_whole_run_validates(run):
+    assert run() is None
+    assert run("-m", "gpu") is None
+    assert run(other="False") is None  # another kernel's failure is not this one's
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("-k", "other or test_mine[1]"), "1 tests did not run"),
+        (("--deselect", "test_kernels.py::test_mine[2]"), "1 tests did not run"),
+        (("-m", "not gpu"), "the run was interrupted"),  # none ran
+        (("test_kernels.py",), "only a part of the tests was asked for"),
+        (("test_kernels.py::test_mine[1]",), "only a part of the tests was asked for"),
+        (("--lf",), "run without --lf and without worker processes"),
+    ],
+)
+def test_a_part_of_a_run_does_not(run, args, said):
+    assert run(*args) == said
+
+
+def test_nor_does_a_run_that_failed_or_stopped(run):
+    assert run(mine="n == 1") == "1 tests failed"
+    assert run("-x", other="False") == "2 tests did not run"
+    assert run(mine="pytest.skip()") == "2 tests did not run"
+    assert run(mine="pytest.exit('stopped')") is not None
