@@ -170,12 +170,11 @@ def test_ctrl_c_keeps_finished_rows_and_ends_the_workers(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", main, *argv], stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT
     )
-    path = tmp_path / "results.jsonl"
+    path, workers = tmp_path / "results.jsonl", set()
     deadline = time.monotonic() + 60
-    while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
+    while not (workers and path.exists() and path.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(0.5)
-    workers = _processes(str(tmp_path)) - {process.pid}
+        workers = _processes(str(tmp_path)) - {process.pid}
     process.send_signal(signal.SIGINT)
     try:
         stderr = process.communicate(timeout=30)[1]

@@ -6,14 +6,12 @@ subprocess (this file as a script), which prints what the compiler, ptxas and th
 """
 
 import dataclasses
-import functools
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 from jaxrl_kernels import tiles
+from scripts import output_of
 
 from jaxrl.perf import hardware
 
@@ -28,23 +26,20 @@ SHAPES = {
     "Llama-3.2-3B": (16384, 24, 8, 128),
     "longest": (65536, 32, 8, 128),
 }
+# An A100 has an A6000's matrix units and more shared memory: these will do there. All shapes on all
+# GPUs: bench/kernels.py.
+FEW = ("Qwen3-0.6B", "Llama-3.2-1B", "longest")
 PACKED = ("Qwen3-4B, Llama-3.1-8B", "Llama-3.2-1B", "INTELLECT-3")
 SMEM = {"A6000": 99, "A100": 163, "H100": 227, "H200": 227, "B200": 227}  # KiB per program
 REGISTERS = 65536  # of a multiprocessor
 NAMES = ["dkv_kernel", "dq_kernel", "forward_kernel"]
 
 
-@functools.cache
 def compiled(gpu):
     """What the script prints. An H200 is an H100 to the compiler: with its tiles, once will do."""
     if gpu == "H200" and all(tile(gpu, *case) == tile("H100", *case) for case in cases()):
         return compiled("H100")
-    env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    done = subprocess.run(
-        [sys.executable, __file__, gpu], env=env, capture_output=True, text=True, timeout=540
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return output_of(__file__, gpu)
 
 
 def cases():
@@ -62,7 +57,8 @@ def tile(gpu, which, H, T, N):
 @pytest.mark.parametrize("gpu", SMEM)
 def test_kernels_fit_each_gpu_at_the_shapes_of_the_models(gpu):
     seen = compiled(gpu)
-    assert set(seen["kernels"]) == {*SHAPES, *(f"{name} packed" for name in PACKED)}
+    names = {*(FEW if gpu == "A100" else SHAPES)}
+    assert set(seen["kernels"]) == names | {f"{name} packed" for name in PACKED if name in names}
     for case, kernels in seen["kernels"].items():
         assert sorted(k["name"] for k in kernels) == NAMES, case
         for kernel in kernels:
@@ -126,6 +122,8 @@ def main(gpu):
 
     kernels = {}
     for name, shape in SHAPES.items():
+        if gpu == "A100" and name not in FEW:
+            continue
         for packed in (False, True) if name in PACKED else (False,):
             lowered, found = lower(*shape, packed)
             kernels[f"{name} packed" if packed else name] = [

@@ -5,8 +5,8 @@ JSON: a Mosaic kernel that is wrong for its GPU aborts the process. The grouped 
 also runs in Pallas' GPU interpreter; numbers of the other kernels need a GPU (`pytest -m gpu`).
 """
 
+import functools
 import json
-import os
 import subprocess
 import sys
 from unittest import mock
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import backend
+from scripts import output_of
 
 from jaxrl.ops import tokamax_kernels
 
@@ -29,18 +30,7 @@ MiB = 2**20
 @pytest.fixture(scope="module")
 def compiled():
     """The cases of one GPU, compiled when first asked for."""
-    seen = {}
-
-    def of(gpu):
-        if gpu not in seen:
-            env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-            command = [sys.executable, __file__, gpu]
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-            assert done.returncode == 0, done.stderr[-4000:]
-            seen[gpu] = json.loads(done.stdout.splitlines()[-1])
-        return seen[gpu]
-
-    return of
+    return functools.partial(output_of, __file__)
 
 
 @pytest.mark.slow
