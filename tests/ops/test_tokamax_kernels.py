@@ -199,6 +199,7 @@ def test_mosaic_grouped_product_in_the_interpreter(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.validates("grouped_matmul tokamax")
 @pytest.mark.parametrize("implementation", tokamax_kernels.IMPLEMENTATIONS)
 @pytest.mark.parametrize("sizes", [(0, 700, 1, 2000, 0, 299), (512,) * 8, (1, 0, 0, 30)])
 def test_ragged_dot_on_gpu(implementation, sizes):
@@ -245,6 +246,7 @@ ON_GPU = {  # B, T, N, K, H, lengths of the documents, causal
 
 
 @pytest.mark.gpu
+@pytest.mark.validates("attention tokamax")
 @pytest.mark.parametrize("case", ON_GPU)
 def test_attention_on_gpu(case):
     B, T, N, K, H, lengths, causal = ON_GPU[case]
