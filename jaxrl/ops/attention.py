@@ -142,6 +142,15 @@ def _why_not_tokamax(
     return tokamax_kernels.why_not_attention(target.capability, dtype, head_dim, packed)
 
 
+def cudnn_workspace_bytes(B: int, T: int, N: int, H: int) -> int:
+    """Bytes that cuDNN's backward takes beside its arrays, in bf16 or fp16.
+
+    XLA asks cuDNN for it on a GPU only, so no plan shows it. dq in fp32, dk and dv of every query
+    head, and a number per query: as measured on an H200 (cuDNN 9.19, bench/KERNELS.md).
+    """
+    return B * T * N * (4 * H + 2 * 2 * H + 4)
+
+
 def _make_cudnn(target: Target):
     del target
 

@@ -19,7 +19,8 @@ WARN_PCT = 5.0  # and warn of results that are worse by more
 LEGEND = """\
 - **planned**: the training step was really compiled by XLA for that GPU and count, on a machine
   without it. Peak Mem is XLA's buffer assignment (arguments + outputs - aliased + temporaries) of
-  one device, in GiB. Nothing ran, so there are no MFU, TPS or times.
+  one device, in GiB (with cudnn, plus the workspace that its backward took on an H200). Nothing
+  ran, so there are no MFU, TPS or times.
 - **measured**: the step ran on that hardware. Step Time is the median, in seconds per micro-batch,
   with its interquartile range; Peak Mem is the largest of all devices.
 - **proxy**: measured on the host named above: the same architecture with fewer layers and a shorter

@@ -123,9 +123,15 @@ def test_a_row_that_does_not_fit_says_so():
         plan.plan_row(row, BenchConfig())
 
 
-def test_plan_row_fills_the_keys():
+def test_plan_row_fills_the_keys(monkeypatch):
     row = parse_row(MODEL, "sft lora8 8192 selective cudnn 1xB200")
+    planned = []
+    memory = compile_only.memory
+    monkeypatch.setattr(compile_only, "memory", lambda c: planned.append(memory(c)) or planned[0])
     result = plan.plan_row(row, BenchConfig())
+    # cuDNN's workspace, as measured at twice the length and heads: 514 MiB.
+    workspace = result["peak_mem_gib"] - planned[0].peak_gib
+    assert workspace == pytest.approx(514 / 1024 / 4, rel=0.01)
     assert result["attn_compiled"] == "cudnn"
     assert result["floor_mem_gib"] * GiB > 0 and result["compile_s"] > 0
     assert result["host_mem_gib"] == 0
