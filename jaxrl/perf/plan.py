@@ -3,7 +3,10 @@
 import dataclasses
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
+
+from jaxrl_kernels.flash_attention import cost
 
 from jaxrl.config import BenchConfig
 from jaxrl.models.config import ModelConfig
@@ -89,51 +92,70 @@ def _unplanned_bytes(attention: str, program: Program) -> int:
     return cudnn_workspace_bytes(rows, program.seq_len, model.num_heads, model.head_dim)
 
 
-def count_flops(program: Program, text: str) -> dict[str, float]:
+def count_flops(
+    program: Program, text: str, doc_lengths: Sequence[int] | None = None
+) -> dict[str, float]:
     """`model_flops_per_token` (XLA's count of the plain reference, attention as it declares
     itself) and `hardware_flops_per_step` (every product of the compiled program, on all devices).
+
+    doc_lengths: of the documents of each row, where rows are packed; default one document.
     """
     model, tokens = program.layout.model.config, program.seq_len
     dense = flops.cost_analysis_flops(lambda n: lower_reference(program, n), model.num_layers)
-    forward, backward = (_attention_flops(program, 1, w) for w in ("forward", "backward"))
+    docs = _documents(program, doc_lengths)
+    forward, backward = (_attention_flops(program, 1, w, docs) for w in ("forward", "backward"))
     return {
         "model_flops_per_token": (dense + model.num_layers * (forward + backward)) / tokens,
-        "hardware_flops_per_step": hardware_flops(program, text) * program.layout.mesh.size,
+        "hardware_flops_per_step": hardware_flops(program, text, docs) * program.layout.mesh.size,
     }
 
 
-def hardware_flops(program: Program, text: str) -> float:
+def hardware_flops(program: Program, text: str, doc_lengths: Sequence[int] | None = None) -> float:
     """FLOPs of one step on one device: what the compiled program's products and kernels do.
 
     A kernel's FLOPs are those it declares; the blocked attention's loops, whose trip counts the
-    compiler does not know, visit the blocks on and below the diagonal. Raises RuntimeError where
-    the program holds a loop or a product that nobody declares.
+    compiler does not know, visit the blocks on and below the diagonal that share a document (of
+    `doc_lengths`, as in `count_flops`). Raises RuntimeError where the program holds a loop or a
+    product that nobody declares, ValueError where the documents are not a row's tokens.
     """
+    docs = _documents(program, doc_lengths)
     summary = hlo.summarize(text)
-    total = summary.flops + sum(c.count * _kernel_flops(c, program) for c in summary.call_sites)
-    blocks = -(-program.seq_len // attention_xla.BLOCK)
+    total = summary.flops
+    total += sum(c.count * _kernel_flops(c, program, docs) for c in summary.call_sites)
+    block = min(attention_xla.BLOCK, program.seq_len)
     for loop in summary.unknown_loops:
         if "attend" not in loop.op_name:
             raise RuntimeError(f"a loop of unknown length is not counted: {loop.op_name}")
-        total += loop.runs * loop.iteration.flops * (blocks + 1) / 2
+        visits = cost.visited_blocks(docs, block, block) / -(-program.seq_len // block)
+        total += loop.runs * loop.iteration.flops * visits
     if summary.uncounted:
         raise RuntimeError(f"products that are not counted: {dict(summary.uncounted)}")
     return total
 
 
-def _kernel_flops(call: hlo.CallSite, program: Program) -> float:
+def _documents(program: Program, doc_lengths: Sequence[int] | None) -> Sequence[int]:
+    docs = doc_lengths or [program.seq_len]
+    if sum(docs) != program.seq_len:
+        raise ValueError(f"documents of {sum(docs)} tokens, and rows of {program.seq_len}")
+    return docs
+
+
+def _kernel_flops(call: hlo.CallSite, program: Program, docs: Sequence[int]) -> float:
     """FLOPs of one run of a custom call that is no plain matrix product, which `hlo` counts."""
-    rows = program.rows // program.layout.mesh.shape["fsdp"]
+    rows, whole = program.rows // program.layout.mesh.shape["fsdp"], [program.seq_len]
     if call.flops is not None:
+        if "jaxrl_flash_attention" in call.op_name:  # declared for one document
+            return call.flops * cost.pairs(docs) / cost.pairs(whole)
         return call.flops
     if call.target.startswith("__cudnn$fmha"):
         which = "flash_backward" if "Backward" in call.target else "forward"
-        return _attention_flops(program, rows, which)
+        return _attention_flops(program, rows, which, whole)
     if call.target.startswith("mosaic_gpu") and "/attend/" in call.op_name:
-        forward = _attention_flops(program, rows, "forward")
         # Recomputed within the layer's backward, a forward is still one: look behind "attend".
         if "transpose(" not in call.op_name.rpartition("/attend/")[2]:
-            return forward
+            return _attention_flops(program, rows, "forward", docs)
+        # Backward skips no block outside the documents.
+        forward = _attention_flops(program, rows, "forward", whole)
         products = tokamax_kernels.BACKWARD_PRODUCTS / tokamax_kernels.BACKWARD_CALLS
         return forward * products / flops.ATTENTION_PRODUCTS["forward"]
     if call.target.startswith(("mosaic_gpu", "triton_kernel_call")):
@@ -141,11 +163,9 @@ def _kernel_flops(call: hlo.CallSite, program: Program) -> float:
     return 0
 
 
-def _attention_flops(program: Program, rows: int, which: str) -> int:
+def _attention_flops(program: Program, rows: int, which: str, docs: Sequence[int]) -> int:
     model = program.layout.model.config
-    return flops.attention_flops(
-        rows, model.num_heads, model.head_dim, program.seq_len, which=which
-    )
+    return flops.attention_flops(rows, model.num_heads, model.head_dim, docs, which=which)
 
 
 # What the program's text shows of each implementation.

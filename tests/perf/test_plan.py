@@ -54,12 +54,19 @@ def test_attention_costs_what_its_kernels_do():
     model = program.layout.model.config
     product = 2 * model.num_heads * model.head_dim * pairs * model.num_layers * 2
 
-    def total(attn):
+    def total(attn, docs=None):
         program, done, _ = compiled(EIGHT.replace("fa3", attn))
-        return plan.hardware_flops(program, done.as_text() or "")
+        return plan.hardware_flops(program, done.as_text() or "", docs)
 
     assert total("fa2") - total("cudnn") == pytest.approx(2 * product, rel=1e-3)
     assert total("fa3") == total("fa2")
+    # Documents: ours does their pairs only, tokamax all pairs backward.
+    docs = (4096, 12288)
+    left = 1 - sum(n * (n + 1) // 2 for n in docs) / pairs
+    assert total("fa2") - total("fa2", docs) == pytest.approx(11 * product * left, rel=1e-6)
+    assert total("fa3") - total("fa3", docs) == pytest.approx(4 * product * left, rel=1e-6)
+    with pytest.raises(ValueError, match="documents of 5 tokens, and rows of 16384"):
+        total("fa2", (5,))
 
 
 def test_no_array_of_tokens_times_vocabulary():
