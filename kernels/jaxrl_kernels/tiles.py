@@ -155,7 +155,7 @@ def save(tuned: dict[str, dict[str, int]]) -> None:
 def _default(which: str, capability: int | None, itemsize: int, head: int, odd: bool) -> Tile:
     # No spills at the models' shapes, packed or not, and what fits the shared memory of a program:
     # 99 KiB on sm_86 and sm_89, 163 on sm_80, 227 from sm_90 on. Hopper's are the fastest of those
-    # timed on an H200, of those that do not spill with an odd number of heads.
+    # timed on an H200; where heads are no power of two, of those that do not spill.
     if itemsize == 4:  # fp32 products run on the ordinary units: small tiles, few registers
         size = 32 if head <= 128 else 16
         return Tile(size, size, 4, 1)
