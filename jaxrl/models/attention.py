@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.layers import Linear, RMSNorm, apply_rope
+from jaxrl.models.moe import ExpertOps
 from jaxrl.models.params import Scope
 
 
@@ -17,14 +18,16 @@ class LayerContext:
     """What every layer of one forward pass shares.
 
     `attend(q, k, v, segment_ids)` is a resolved attention implementation (`ops.attention`);
-    `mlp_chunk` the number of tokens the MLP works on at a time (0: all of them).
+    `mlp_chunk` the number of tokens the MLP works on at a time (0: all of them); `experts` how the
+    products of expert layers run, and how tokens reach experts on other devices.
     """
 
-    cos: Float[Array, "B T H/2"]
-    sin: Float[Array, "B T H/2"]
+    cos: Float[Array, "B T P"]
+    sin: Float[Array, "B T P"]
     segment_ids: Int[Array, "B T"] | None
     attend: Callable
     mlp_chunk: int = 0
+    experts: ExpertOps | None = None
 
 
 class Attention(nnx.Module):
@@ -38,7 +41,13 @@ class Attention(nnx.Module):
         self.q = Linear(scope, (D, q), ("embed", "heads"), hf="q_proj", bias=bias)
         self.k = Linear(scope, (D, kv), ("embed", "kv_heads"), hf="k_proj", bias=bias)
         self.v = Linear(scope, (D, kv), ("embed", "kv_heads"), hf="v_proj", bias=bias)
-        self.o = Linear(scope, (q, D), ("attention_out", "residual"), hf="o_proj", bias=bias)
+        self.o = Linear(
+            scope,
+            (q, D),
+            ("attention_out", "residual"),
+            hf="o_proj",
+            bias=bias and config.attention_out_bias,
+        )
         norm = config.qk_norm
         self.q_norm = RMSNorm(scope, H, config.rms_norm_eps, hf="q_norm") if norm else None
         self.k_norm = RMSNorm(scope, H, config.rms_norm_eps, hf="k_norm") if norm else None

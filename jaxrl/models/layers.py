@@ -45,6 +45,13 @@ class Linear(nnx.Module):
         self.lora_b: nnx.Variable | None = nnx.data(None)
         self.lora_scale = 1.0
 
+    def add_lora(self, rank: int, scale: float) -> None:
+        """Declare the adapters A [D, rank] and B [rank, F]; they add scale x A B."""
+        (d_in, d_out), declare, kind = self.shape, self.scope.declare, nnx.LoRAParam
+        self.lora_a = declare((d_in, rank), ("lora", None), init="kaiming_uniform", kind=kind)
+        self.lora_b = declare((rank, d_out), (None, "lora"), init="zeros", kind=kind)
+        self.lora_scale = scale
+
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T F"]:
         y = matmul(x, self.kernel[...])
         if self.lora_a is not None and self.lora_b is not None:
@@ -55,22 +62,21 @@ class Linear(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv:2002.05202)."""
+    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv:2002.05202), F features wide."""
 
-    def __init__(self, config: ModelConfig, scope: Scope):
-        D, F = config.hidden_size, config.intermediate_size
-        self.gate = Linear(scope, (D, F), ("embed", "mlp"), hf="mlp.gate_proj")
-        self.up = Linear(scope, (D, F), ("embed", "mlp"), hf="mlp.up_proj")
-        self.down = Linear(scope, (F, D), ("mlp_hidden", "residual"), hf="mlp.down_proj")
+    def __init__(self, D: int, F: int, scope: Scope):
+        self.gate = Linear(scope, (D, F), ("embed", "mlp"), hf="gate_proj")
+        self.up = Linear(scope, (D, F), ("embed", "mlp"), hf="up_proj")
+        self.down = Linear(scope, (F, D), ("mlp_hidden", "residual"), hf="down_proj")
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-def rope_frequencies(config: ModelConfig) -> Float[Array, " H/2"]:
+def rope_frequencies(config: ModelConfig) -> Float[Array, " P"]:
     """Angular frequency of each rotated pair, with Llama-3's scaling where the config has it."""
-    H = config.head_dim
-    frequency = config.rope_theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    turned = config.rotary_dim
+    frequency = config.rope_theta ** (-jnp.arange(0, turned, 2, dtype=jnp.float32) / turned)
     if (s := config.rope_scaling) is None:
         return frequency
     wavelength = 2 * math.pi / frequency
@@ -81,16 +87,23 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, " H/2"]:
 
 
 def rope_tables(config: ModelConfig, positions: Int[Array, "B T"]):
-    """(cos, sin), fp32 [B, T, H/2] each, of the rotation at each position."""
+    """(cos, sin), fp32 [B, T, P] each, of the rotation of each pair at each position."""
     angle = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def apply_rope(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T H/2"], sin: Float[Array, "B T H/2"]
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T P"], sin: Float[Array, "B T P"]
 ) -> Float[Array, "B T N H"]:
-    """Rotate pairs (x[i], x[i + H/2]) (arXiv:2104.09864 in Hugging Face's half-split layout)."""
-    pairs = x.reshape(*x.shape[:-1], 2, -1).astype(jnp.float32)  # [B, T, N, 2, H/2]
+    """Rotate the P pairs (x[i], x[i + P]) of the first 2 P features; the others stay.
+
+    arXiv:2104.09864 in Hugging Face's half-split layout.
+    """
+    turned = 2 * cos.shape[-1]
+    if turned < x.shape[-1]:
+        rotated = apply_rope(x[..., :turned], cos, sin)
+        return jnp.concatenate([rotated, x[..., turned:]], axis=-1)
+    pairs = x.reshape(*x.shape[:-1], 2, -1).astype(jnp.float32)  # [B, T, N, 2, P]
     cos = cos[:, :, None, None, :]
     sin = jnp.stack([-sin, sin], axis=-2)[:, :, None]
     return (pairs * cos + jnp.flip(pairs, -2) * sin).reshape(x.shape).astype(x.dtype)

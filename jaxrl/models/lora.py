@@ -5,6 +5,7 @@ import dataclasses
 from flax import nnx
 
 from jaxrl.models.layers import Linear
+from jaxrl.models.moe import ExpertLinear
 from jaxrl.models.transformer import Transformer
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -29,18 +30,12 @@ class LoraConfig:
 
 
 def add_lora(model: Transformer, lora: LoraConfig) -> Transformer:
-    """Give each targeted linear map of an abstract model its A [D, R] and B [R, F], in place."""
-    for block in (model.layers.attention, model.layers.mlp):
-        for name in lora.targets:
-            linear = getattr(block, name, None)
-            if not isinstance(linear, Linear):
-                continue
-            d_in, d_out = linear.shape
-            linear.lora_a = linear.scope.declare(
-                (d_in, lora.rank), ("lora", None), init="kaiming_uniform", kind=nnx.LoRAParam
-            )
-            linear.lora_b = linear.scope.declare(
-                (lora.rank, d_out), (None, "lora"), init="zeros", kind=nnx.LoRAParam
-            )
-            linear.lora_scale = lora.alpha / lora.rank
+    """Give each targeted linear map of an abstract model its A [D, R] and B [R, F], in place.
+
+    "gate", "up" and "down" are those of dense layers, of every expert (each its own A and B) and of
+    shared experts.
+    """
+    for path, linear in nnx.iter_modules(model):
+        if isinstance(linear, (Linear, ExpertLinear)) and path[-1] in lora.targets:
+            linear.add_lora(lora.rank, lora.alpha / lora.rank)
     return model

@@ -17,13 +17,19 @@ from flax import nnx
 type Path = tuple[str, ...]
 
 
+class Buffer(nnx.Variable):
+    """A value that belongs to the model, and that no gradient changes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
     """Shape, logical axes (one name per dimension), initialiser and HF tensor name of a parameter.
 
-    `hf` may hold `{i}`, the layer number; such a parameter is stacked over layers along dimension
-    0. `hf_transposed` says that the file holds the last two dimensions swapped ([out, in]).
-    `hf` None: not part of a checkpoint of the base model (LoRA).
+    `hf` may hold `{i}`, the layer number, which counts from `first_layer`; such a parameter is
+    stacked over layers along dimension 0. It may hold `{e}`, the number of an expert; experts are
+    stacked along the next dimension. `hf_transposed` says that the file holds the last two
+    dimensions swapped ([out, in]). `hf` None: not part of a checkpoint of the base model (LoRA).
+    `fp32`: held and used in fp32, whatever the dtype of the others (the router).
     """
 
     shape: tuple[int, ...]
@@ -32,6 +38,8 @@ class ParamSpec:
     hf: str | None
     hf_transposed: bool
     kind: type[nnx.Variable]
+    first_layer: int = 0
+    fp32: bool = False
 
     @property
     def size(self) -> int:
@@ -40,10 +48,12 @@ class ParamSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """Where a module's parameters live: how many stacked layers, and under which HF prefix."""
+    """Where a module's parameters live: under which HF prefix, and how many stacked layers, the
+    first of which is the checkpoint's layer `first_layer`."""
 
     hf: str = ""
     layers: int | None = None
+    first_layer: int = 0
 
     def child(self, hf: str) -> "Scope":
         return dataclasses.replace(self, hf=self.hf + hf)
@@ -57,14 +67,16 @@ class Scope:
         hf: str | None = None,
         hf_transposed: bool = False,
         kind: type[nnx.Variable] = nnx.Param,
+        fp32: bool = False,
     ) -> nnx.Variable:
         """An abstract fp32 variable carrying its own declaration."""
         if len(shape) != len(axes):
             raise ValueError(f"shape {shape} and axes {axes} differ in length")
         if self.layers is not None:
             shape, axes = (self.layers, *shape), ("layers", *axes)
+        name = None if hf is None else self.hf + hf
         spec = ParamSpec(
-            shape, axes, init, None if hf is None else self.hf + hf, hf_transposed, kind
+            shape, axes, init, name, hf_transposed, kind, first_layer=self.first_layer, fp32=fp32
         )
         return kind(jax.ShapeDtypeStruct(shape, jnp.float32), spec=spec)
 

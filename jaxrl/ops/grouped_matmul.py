@@ -1,5 +1,10 @@
 """Grouped matmul, the product of mixture-of-experts layers: which implementation runs, by name."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jaxrl_kernels.grouped_matmul import reference, triton
 from jaxrl_kernels.launch import why_not_triton
@@ -7,6 +12,47 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl.ops import grouped_matmul_xla, tokamax_kernels
 from jaxrl.ops.registry import Implementation, Op, Target
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedOps:
+    """The products of an expert layer, from one implementation; rows sorted by expert, as in
+    `grouped_matmul`.
+
+    matmul(x, w, group_sizes) = x w[e]; lora_matmul(x, w, a, b, group_sizes) = x w[e] + x a[e] b[e];
+    swiglu(x, w_gate, w_up, group_sizes) = silu(x w_gate[e]) * (x w_up[e]). `name`: of the
+    implementation.
+    """
+
+    name: str
+    matmul: Callable
+    lora_matmul: Callable
+    swiglu: Callable
+
+
+def resolve_grouped_matmul(
+    name: str, *, target: Target, dtype, features: tuple[int, int]
+) -> GroupedOps:
+    """The expert layers' products for weights of `features` (D, F); ValueError as `Op.resolve`."""
+    name, matmul = GROUPED_MATMUL.resolve(name, target, dtype=dtype, features=features)
+    if name == "triton":
+        compiled_for = {"gpu": target.gpu, "capability": target.capability}
+        fused = (triton.grouped_lora_matmul, triton.grouped_swiglu)
+        return GroupedOps(name, matmul, *(functools.partial(f, **compiled_for) for f in fused))
+    return composed(name, matmul)
+
+
+def composed(name: str, matmul: Callable) -> GroupedOps:
+    """The same products from the plain one, where an implementation has not fused them."""
+
+    def lora_matmul(x, w, a, b, group_sizes):
+        low_rank = matmul(matmul(x, a, group_sizes), b, group_sizes)
+        return matmul(x, w, group_sizes) + low_rank
+
+    def swiglu(x, w_gate, w_up, group_sizes):
+        return jax.nn.silu(matmul(x, w_gate, group_sizes)) * matmul(x, w_up, group_sizes)
+
+    return GroupedOps(name, matmul, lora_matmul, swiglu)
 
 
 def grouped_matmul(
@@ -58,9 +104,17 @@ def _make_triton(target: Target):
 
 
 def _make_tokamax(target: Target):
-    del target
-    # Its gradient of w comes rounded to the dtype of x.
-    return lambda x, w, group_sizes: tokamax_kernels.ragged_dot(x, w.astype(x.dtype), group_sizes)
+    def tokamax(x, w, group_sizes):
+        # An adapter's rank is too narrow for Mosaic's tiles.
+        mosaic = tokamax_kernels.why_not_ragged_dot(target.capability, x.dtype, w.shape[1:]) is None
+        return tokamax_kernels.ragged_dot(
+            x,
+            w.astype(x.dtype),  # its gradient of w comes rounded to the dtype of x
+            group_sizes,
+            implementation=None if mosaic else "triton",
+        )
+
+    return tokamax
 
 
 # In the order in which "auto" looks for one that can run.

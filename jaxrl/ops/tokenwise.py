@@ -16,35 +16,36 @@ from jaxrl.ops.linear import cast_params
 type TokenFn = Callable
 
 
-def tokenwise(fn: TokenFn, trainable, frozen, x, *, chunk: int) -> Any:
+def tokenwise(fn: TokenFn, trainable, frozen, x, *, chunk: int, dtype=None) -> Any:
     """`fn(trainable, frozen, x)`, evaluated `chunk` tokens at a time; differentiable.
 
     Backward recomputes each chunk's intermediates, so at most one chunk's worth is ever alive, and
     accumulates the gradient of `trainable` in fp32. With `chunk` 0, or at least T, fn is called
-    once, plainly. A last partial chunk is padded with zeros.
+    once, plainly. A last partial chunk is padded with zeros. Chunks see the values of `trainable`
+    in `dtype` (default: that of x).
     """
     tokens = jax.tree.leaves(x)[0].shape[0]
     if chunk <= 0 or chunk >= tokens:
         return fn(trainable, jax.lax.stop_gradient(frozen), x)
-    return _chunked(fn, chunk, trainable, frozen, x)
+    return _chunked(fn, chunk, dtype, trainable, frozen, x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(fn, chunk, trainable, frozen, x):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(fn, chunk, dtype, trainable, frozen, x):
     tokens = jax.tree.leaves(x)[0].shape[0]
-    low = cast_params(trainable, _compute_dtype(x))
+    low = cast_params(trainable, dtype or _compute_dtype(x))
     y = jax.lax.map(lambda x: fn(low, frozen, x), _split(x, chunk))
     return _join(y, tokens)
 
 
-def _chunked_forward(fn, chunk, trainable, frozen, x):
-    return _chunked(fn, chunk, trainable, frozen, x), (trainable, frozen, x)
+def _chunked_forward(fn, chunk, dtype, trainable, frozen, x):
+    return _chunked(fn, chunk, dtype, trainable, frozen, x), (trainable, frozen, x)
 
 
-def _chunked_backward(fn, chunk, residuals, dy):
+def _chunked_backward(fn, chunk, dtype, residuals, dy):
     trainable, frozen, x = residuals
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), trainable)
-    grads, dx, _ = pull_back(fn, trainable, frozen, x, dy, zeros, chunk=chunk)
+    grads, dx, _ = pull_back(fn, trainable, frozen, x, dy, zeros, chunk=chunk, dtype=dtype)
     # None: no cotangent.
     return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trainable), None, dx
 
@@ -52,7 +53,9 @@ def _chunked_backward(fn, chunk, residuals, dy):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def pull_back(fn: TokenFn, trainable, frozen, x, dy, grads, *, chunk: int) -> tuple[Any, Any, Any]:
+def pull_back(
+    fn: TokenFn, trainable, frozen, x, dy, grads, *, chunk: int, dtype=None
+) -> tuple[Any, Any, Any]:
     """Chunk by chunk: y, and its cotangent dy pulled back to `trainable` and x.
 
     Returns (grads + d trainable, dx, y). grads: fp32 arrays like `trainable`, updated in place.
@@ -64,7 +67,7 @@ def pull_back(fn: TokenFn, trainable, frozen, x, dy, grads, *, chunk: int) -> tu
     chunk = min(chunk, tokens) if chunk > 0 else tokens
     # Weights enter the loop in the compute dtype and are fp32 inside only as a type, for the sake
     # of their cotangent (see `matmul`): no fp32 copy of them is ever made.
-    low = cast_params(trainable, _compute_dtype(x))
+    low = cast_params(trainable, dtype or _compute_dtype(x))
 
     def body(grads, x_dy):
         x, dy = x_dy
