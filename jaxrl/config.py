@@ -119,6 +119,9 @@ class StepConfig:
     compute_dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Dtype of activations.")
     head_chunk: int = option(0, "Tokens per chunk of the head; 0 is automatic.")
     mlp_chunk: int = option(0, "Tokens per chunk of the MLP; 0 is automatic.")
+    experts_chunk: int = option(0, "Tokens per chunk of expert layers; 0 is automatic.")
+    grouped_matmul: str = option("auto", "Implementation of the experts' products.")
+    router_bias_rate: float = option(0.0, "Step of the router bias towards an even load.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +138,32 @@ class TrainConfig:
     )
     head_chunk: int = option(0, "Tokens per chunk of the log-prob head; 0 is automatic.")
     mlp_chunk: int = option(0, "Tokens per chunk of the MLP; 0 is automatic.")
+    experts_chunk: int = option(0, "Tokens per chunk of expert layers; 0 is automatic.")
+    grouped_matmul: Literal["auto", "triton", "tokamax", "xla"] = option(
+        "auto", "Implementation of the experts' products."
+    )
+    router_bias_rate: float = option(
+        0.0,
+        "What a step adds to the router's bias of experts with less than their share, and takes "
+        "from the others (GLM); 0 leaves it.",
+    )
 
     def __post_init__(self):
         above(self, 0, "temperature")
-        at_least(self, 0, "head_chunk", "mlp_chunk")
+        at_least(self, 0, "head_chunk", "mlp_chunk", "experts_chunk", "router_bias_rate")
 
     def step(self, *, type: Type, ac: ActivationCheckpointing, attention: str) -> StepConfig:
         """The step's config for one row."""
-        shared = ("loss", "temperature", "compute_dtype", "head_chunk", "mlp_chunk")
+        shared = (
+            "loss",
+            "temperature",
+            "compute_dtype",
+            "head_chunk",
+            "mlp_chunk",
+            "experts_chunk",
+            "grouped_matmul",
+            "router_bias_rate",
+        )
         values = {name: getattr(self, name) for name in shared}
         return StepConfig(type=type, ac=ac, attention=attention, **values)
 
@@ -183,6 +204,9 @@ class BenchConfig:
     )
     jobs: int = option(0, "Rows planned at once; 0 is one per CPU core.")
     time_limit_s: float = option(1800.0, "Seconds after which a row is stopped and has failed.")
+    join_timeout_s: float = option(
+        600.0, "Many hosts: seconds that one waits for the others to start."
+    )
     tensorboard: bool = option(True, "Write TensorBoard scalars under the output folder.")
     profile: bool = option(False, "Write a trace of measured rows for TensorBoard's profiler.")
     profile_steps: int = option(2, "Steps in that trace.")
@@ -197,7 +221,7 @@ class BenchConfig:
         at_least(self, 0, "jobs", "seed")
         at_least(self, 1, "profile_steps", "warmup_steps", "micro_batches")
         at_least(self, 10, "steps")
-        above(self, 0, "time_limit_s")
+        above(self, 0, "time_limit_s", "join_timeout_s")
 
 
 def check_seq_len(seq_len: int) -> None:

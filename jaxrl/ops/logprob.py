@@ -1,8 +1,8 @@
 """Log-probability and entropy of target tokens, from hidden states, without a [T, V] array.
 
 `token_logprob` works on one chunk of tokens; `jaxrl.ops.tokenwise` calls it chunk by chunk. With
-`axis_name` the vocabulary is split over that mesh axis: every device scores all devices' tokens
-of the chunk against its own V/n rows, and the partial sums meet in small reductions.
+`axis_name` the vocabulary is split over that mesh axis, or axes: every device scores all devices'
+tokens of the chunk against its own V/n rows, and the partial sums meet in small reductions.
 """
 
 import functools
@@ -18,7 +18,7 @@ def token_logprob(
     w: Float[Array, "v D"],
     targets: Int[Array, " T"],
     temperature: float = 1.0,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
     """(log p(target), entropy) of softmax(x w^T / temperature), fp32.
 

@@ -1,5 +1,6 @@
 """One table from logical parameter axes to mesh axes, and the shardings that follow from it."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -8,31 +9,39 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl.models.params import ParamSpec, nest, specs
 
-RULES: Mapping[str, str | None] = {
-    # A matrix lies on fsdp with the dimension its product contracts, the first one: gathering and
+type MeshAxes = tuple[str, ...]
+
+# Over all devices: whatever else an axis does, it also divides the parameters.
+EVERYWHERE: MeshAxes = ("fsdp", "expert", "context")
+# Experts lie on the expert axis, where they stay, and what each device of it holds on the others.
+EXPERTS: MeshAxes = ("expert", "fsdp", "context")
+
+RULES: Mapping[str, MeshAxes | None] = {
+    # A matrix is divided along the dimension its product contracts, the first one: gathering and
     # scattering along the first dimension needs no transposed copy.
     "layers": None,
-    "vocab": "fsdp",
+    "vocab": EVERYWHERE,
     "vocab_embed": None,
-    "embed": "fsdp",
+    "embed": EVERYWHERE,
     "heads": None,
     "kv_heads": None,
-    "attention_out": "fsdp",
+    "attention_out": EVERYWHERE,
     "mlp": None,
-    "mlp_hidden": "fsdp",
+    "mlp_hidden": EVERYWHERE,
     "residual": None,
-    "lora": "fsdp",
+    "lora": EVERYWHERE,
+    "experts": EXPERTS,
 }
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: Mapping = RULES) -> PartitionSpec:
-    """The mesh axis of each dimension. Two dimensions on one mesh axis are a `ValueError`."""
+    """The mesh axes of each dimension. Two dimensions on one mesh axis are a `ValueError`."""
     mapped = []
     for axis in axes:
         if axis is not None and axis not in rules:
             raise ValueError(f"logical axis {axis!r} has no rule; known: {', '.join(rules)}")
         mapped.append(None if axis is None else rules[axis])
-    used = [m for m in mapped if m is not None]
+    used = [axis for m in mapped if m is not None for axis in m]
     if len(used) != len(set(used)):
         raise ValueError(f"axes {axes} map twice to one mesh axis: {tuple(mapped)}")
     return PartitionSpec(*mapped)
@@ -40,12 +49,13 @@ def partition_spec(axes: tuple[str | None, ...], rules: Mapping = RULES) -> Part
 
 def check_divides(path: tuple[str, ...], spec: ParamSpec, mesh: Mesh) -> None:
     """Refuse a mesh whose axes do not divide a parameter, naming sizes that would."""
-    for size, axis in zip(spec.shape, partition_spec(spec.axes), strict=True):
-        if axis is not None and size % mesh.shape[axis]:
-            fits = [d for d in range(1, mesh.shape[axis] + 1) if size % d == 0]
+    for size, axes in zip(spec.shape, partition_spec(spec.axes), strict=True):
+        parts = math.prod(mesh.shape[axis] for axis in axes or ())
+        if size % parts:
+            fits = [d for d in range(1, parts + 1) if size % d == 0]
             raise ValueError(
-                f"{axis} axis {mesh.shape[axis]} does not divide {'.'.join(path)} of shape "
-                f"{spec.shape}; use one of {fits}"
+                f"{parts} devices do not divide {'.'.join(path)} of shape {spec.shape}; use one of "
+                f"{fits}"
             )
 
 
@@ -63,23 +73,31 @@ def param_shardings(model: nnx.Module, mesh: Mesh, kind: type[nnx.Variable] = nn
 
 
 def sharded_dim(spec: PartitionSpec) -> int | None:
-    """Which dimension lies on the fsdp axis."""
-    return next((i for i, axis in enumerate(spec) if axis == "fsdp"), None)
+    """Which dimension is divided over devices."""
+    return next((i for i, axes in enumerate(spec) if axes is not None), None)
 
 
-def gather(x: jax.Array, spec: PartitionSpec, axis_size: int) -> jax.Array:
-    """Inside shard_map: the whole of a parameter whose shard is x."""
-    dim = sharded_dim(spec)
-    if dim is None or axis_size == 1:
-        return x
-    return jax.lax.all_gather(x, "fsdp", axis=dim, tiled=True)
-
-
-def reduce_gradient(g: jax.Array, spec: PartitionSpec, axis_size: int) -> jax.Array:
-    """Inside shard_map: this device's shard of the gradient summed over devices."""
-    if axis_size == 1:
-        return g
+def gathered_axes(spec: PartitionSpec, mesh_shape: Mapping[str, int]) -> MeshAxes:
+    """The mesh axes over which a parameter is gathered for its use, those of size 1 left out: all
+    that divide it, but experts stay on the expert axis."""
     dim = sharded_dim(spec)
     if dim is None:
-        return jax.lax.psum(g, "fsdp")
-    return jax.lax.psum_scatter(g, "fsdp", scatter_dimension=dim, tiled=True)
+        return ()
+    axes = EXPERTS[1:] if spec[dim] == EXPERTS else EVERYWHERE
+    return tuple(axis for axis in axes if mesh_shape[axis] > 1)
+
+
+def gather(x: jax.Array, spec: PartitionSpec, mesh_shape: Mapping[str, int]) -> jax.Array:
+    """Inside shard_map: what this device uses of a parameter whose shard is x."""
+    dim, axes = sharded_dim(spec), gathered_axes(spec, mesh_shape)
+    return x if dim is None or not axes else jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def reduce_gradient(g: jax.Array, spec: PartitionSpec, mesh_shape: Mapping[str, int]) -> jax.Array:
+    """Inside shard_map: this device's shard of the sum over devices of what `gather` gave's
+    gradient. A parameter that is not divided is summed over all devices."""
+    if (dim := sharded_dim(spec)) is None:
+        axes = tuple(axis for axis in EVERYWHERE if mesh_shape[axis] > 1)
+        return jax.lax.psum(g, axes) if axes else g
+    axes = gathered_axes(spec, mesh_shape)
+    return jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True) if axes else g

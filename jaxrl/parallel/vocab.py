@@ -1,4 +1,4 @@
-"""Embedding and log-probabilities over a vocabulary that is split across the fsdp axis.
+"""Embedding and log-probabilities over a vocabulary that is split across all devices.
 
 Neither the whole table nor the whole gradient of the table ever exists on one device: tokens
 travel to the vocabulary shards, not the other way. All functions run inside `shard_map`; with
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-AXIS = "fsdp"
+from jaxrl.parallel.sharding import EVERYWHERE as AXIS
 
 
 def _chunks(tokens: int, target: int) -> int:

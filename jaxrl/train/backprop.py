@@ -13,7 +13,8 @@ import jax
 
 from jaxrl.train.remat import remat_policy
 
-# layer(trainable, constants, x) -> x: one layer, given its own parameters.
+# layer(trainable, constants, x) -> (x, counts): one layer, given its own parameters; counts, an
+# array or None, is told on and gets no gradient.
 type Layer = Callable[[Any, Any, jax.Array], jax.Array]
 
 
@@ -29,14 +30,15 @@ class LayerStack:
         self.layer = jax.checkpoint(layer, policy=remat_policy(ac))
         self.fetch, self.reduce = fetch, reduce
         self._template: Any = None
+        self._counts: Any = None
 
     def forward(self, trainable, frozen, constants, x: jax.Array):
-        """(x after all layers, what backward needs); parameters stacked [L, ...]."""
+        """(x after all layers, what backward needs, counts); parameters stacked [L, ...]."""
 
         def body(x, layer):
             tr, fr = self.fetch(*layer)
             # Parameters and constants are at hand again in backward: only the rest is stacked.
-            x, vjp = jax.vjp(
+            (x, counts), vjp = jax.vjp(
                 self.layer,
                 tr,
                 (fr, constants),
@@ -45,9 +47,12 @@ class LayerStack:
                 saveable_args=(False, False, True),
             )
             self._template = vjp
-            return x, (vjp.args_res[2], vjp.opaque_residuals, vjp.structured_residuals)
+            self._counts = counts
+            kept = (vjp.args_res[2], vjp.opaque_residuals, vjp.structured_residuals)
+            return x, (kept, counts)
 
-        return jax.lax.scan(body, x, (trainable, frozen))
+        x, (saved, counts) = jax.lax.scan(body, x, (trainable, frozen))
+        return x, saved, counts
 
     def backward(self, trainable, frozen, constants, saved, dx: jax.Array, grads):
         """(grads + gradient, dx before the first layer); grads: fp32, stacked [L, ...]."""
@@ -61,7 +66,10 @@ class LayerStack:
             vjp = self._template.replace(
                 args_res=args, opaque_residuals=opaque, structured_residuals=structured
             )
-            dtrainable, _, dx = vjp(dx)
+            no_counts = None
+            if self._counts is not None:
+                no_counts = jax.numpy.zeros(self._counts.shape, self._counts.dtype)
+            dtrainable, _, dx = vjp((dx, no_counts))
 
             def add(total, g):
                 here = jax.lax.dynamic_index_in_dim(total, index, keepdims=False)

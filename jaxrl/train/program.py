@@ -72,7 +72,7 @@ def build_program(
     layout = StateLayout(
         decoder, make_optimizer(optimizer), mesh, frozen_dtype=jnp.dtype(step.compute_dtype)
     )
-    rows = rows_per_device * mesh.shape["fsdp"]
+    rows = rows_per_device * mesh.shape["fsdp"] * mesh.shape["expert"]
     return Program(TrainStep(layout, step), micro_batches, rows, seq_len)
 
 
@@ -81,8 +81,9 @@ def floor_bytes(program: Program) -> int:
 
     State (parameters, optimizer, fp32 gradients) + the layers' saved inputs + one layer's working
     set in backward: attention's q, k, v, output and their cotangents, the layer's input and its
-    cotangent, the layer's whole weights and, where they learn, their fp32 gradient. MLP and head
-    work in chunks of tokens, which can be made as small as one likes, so they add nothing.
+    cotangent, the layer's whole weights (of the experts those of the device's own) and, where they
+    learn, their fp32 gradient. MLP, experts and head work in chunks of tokens, which can be made as
+    small as one likes, so they add nothing.
     """
     layout, config = program.layout, program.layout.model.config
     itemsize = jnp.dtype(program.step.config.compute_dtype).itemsize
@@ -94,18 +95,20 @@ def floor_bytes(program: Program) -> int:
             for s in jax.tree.leaves(tree)
         )
 
-    tokens = program.rows // layout.mesh.shape["fsdp"] * program.seq_len
+    tokens = program.rows * program.seq_len // layout.mesh.size
     saved = config.num_layers * tokens * config.hidden_size * itemsize
     if program.step.config.ac == "offload":
         saved = 0
     heads = 4 * config.num_heads + 4 * config.num_kv_heads
     activations = tokens * (heads * config.head_dim + 2 * config.hidden_size) * itemsize
-    layer = {p: s for p, s in specs(layout.model).items() if p[0] == "layers"}
-    weights = sum(
-        s.size // config.num_layers * (itemsize + 4 * (p in layout.trainable_specs))
-        for p, s in layer.items()
-    )
-    return local(state) + local(state.params) + saved + activations + weights
+    weights = {"dense_layers": 0, "layers": 0}
+    for path, spec in specs(layout.model).items():
+        if path[0] in weights:
+            here = spec.size // spec.shape[0]
+            if "experts" in spec.axes:
+                here //= layout.mesh.shape["expert"]
+            weights[path[0]] += here * (itemsize + 4 * (path in layout.trainable_specs))
+    return local(state) + local(state.params) + saved + activations + max(weights.values())
 
 
 def lower_reference(program: Program, num_layers: int) -> jax.stages.Lowered:

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrl.models.params import initial_value, nest, specs
+from jaxrl.models.params import Buffer, initial_value, nest, specs
 from jaxrl.models.transformer import Transformer
 from jaxrl.parallel.sharding import check_divides, partition_spec
 
@@ -17,7 +17,8 @@ from jaxrl.parallel.sharding import check_divides, partition_spec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 scalar. params: fp32 masters of what learns. frozen: the rest (LoRA's base).
+    """step: int32 scalar. params: fp32 masters of what learns. frozen: the rest (LoRA's base, and
+    the model's buffers).
 
     opt_state: the optimizer's, fp32. Parameter trees are nested dicts by the model's paths.
     """
@@ -32,7 +33,8 @@ class TrainState:
 class StateLayout:
     """Shapes and shardings of a model's `TrainState` on a mesh; allocates nothing.
 
-    With LoRA variables in the model only they learn, and the base is held in `frozen_dtype`.
+    With LoRA variables in the model only they learn, and the base is held in `frozen_dtype`
+    (`ParamSpec.fp32` ones in fp32).
     """
 
     model: Transformer
@@ -46,11 +48,22 @@ class StateLayout:
 
     @property
     def trainable_specs(self):
-        return specs(self.model, nnx.LoRAParam) or specs(self.model)
+        learns = specs(self.model, nnx.LoRAParam) or specs(self.model)
+        return {p: s for p, s in learns.items() if s.kind is not Buffer}
 
     @property
     def frozen_specs(self):
-        return {p: s for p, s in specs(self.model).items() if p not in self.trainable_specs}
+        learns = self.trainable_specs
+        return {p: s for p, s in specs(self.model).items() if p not in learns}
+
+    @property
+    def is_lora(self) -> bool:
+        return bool(specs(self.model, nnx.LoRAParam))
+
+    def is_fp32(self):
+        """(trainable, frozen) nested dicts: which parameters are used in fp32."""
+        trees = (self.trainable_specs, self.frozen_specs)
+        return tuple(nest({p: s.fp32 for p, s in t.items()}) for t in trees)
 
     def param_partition(self):
         """(trainable, frozen) nested dicts of PartitionSpecs."""
@@ -63,7 +76,11 @@ class StateLayout:
         def struct(tree, dtype):
             return nest(
                 {
-                    p: jax.ShapeDtypeStruct(s.shape, dtype, sharding=self._sharding(s.axes))
+                    p: jax.ShapeDtypeStruct(
+                        s.shape,
+                        jnp.float32 if s.fp32 else dtype,
+                        sharding=self._sharding(s.axes),
+                    )
                     for p, s in tree.items()
                 }
             )
@@ -90,7 +107,12 @@ class StateLayout:
             def values(tree, dtype):
                 turns = self.mesh.size == 1
                 return nest(
-                    {p: initial_value(p, s, key, dtype, in_turns=turns) for p, s in tree.items()}
+                    {
+                        p: initial_value(
+                            p, s, key, jnp.float32 if s.fp32 else dtype, in_turns=turns
+                        )
+                        for p, s in tree.items()
+                    }
                 )
 
             params = values(self.trainable_specs, jnp.float32)

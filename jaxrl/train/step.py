@@ -19,14 +19,17 @@ from jaxtyping import Array, Float, Int
 from jaxrl.config import StepConfig
 from jaxrl.models.attention import LayerContext
 from jaxrl.models.layers import rope_tables
+from jaxrl.models.moe import ExpertOps
 from jaxrl.models.transformer import merge_trees
 from jaxrl.ops.attention import Attend, resolve_attention
+from jaxrl.ops.grouped_matmul import GroupedOps, resolve_grouped_matmul
 from jaxrl.ops.linear import cast_params
 from jaxrl.ops.logprob import token_logprob
 from jaxrl.ops.registry import Target
 from jaxrl.ops.tokenwise import pull_back, tokenwise
 from jaxrl.parallel import vocab
-from jaxrl.parallel.sharding import gather, reduce_gradient, sharded_dim
+from jaxrl.parallel.expert import make_exchange
+from jaxrl.parallel.sharding import EVERYWHERE, gather, reduce_gradient, sharded_dim
 from jaxrl.train.backprop import LayerStack
 from jaxrl.train.losses import RLTokens, rl_loss
 from jaxrl.train.state import StateLayout, TrainState
@@ -50,7 +53,8 @@ class Batch:
     sampler_logprobs: Float[Array, "M B T"] | None = None
 
 
-BATCH_SPEC = PartitionSpec(None, "fsdp", None)
+# Expert groups, too, are of devices with rows of their own; sequences are divided over context.
+BATCH_SPEC = PartitionSpec(None, ("fsdp", "expert"), "context")
 
 
 @jax.tree_util.register_dataclass
@@ -104,23 +108,44 @@ def mlp_chunk(backend: str, *, lora: bool) -> int:
     return 2048 if lora else 4096
 
 
+def experts_chunk(backend: str, *, lora: bool, expert_axis: int) -> int:
+    """Tokens that go through the experts at a time; 0 on CPU.
+
+    A chunk reads every expert's weights (and, in full fine-tuning, reads and writes their fp32
+    gradients), so it is larger than `mlp_chunk`. Devices of an expert group keep room for all of
+    the group's rows: the group takes one chunk together.
+    """
+    if backend != "gpu":
+        return 0
+    return max(1, (8192 if lora else 16384) // expert_axis)
+
+
 class TrainStep:
     """`step(state, batch) -> (state, metrics)`, jitted and donating the state.
 
     metrics, fp32 scalars over the global batch: loss, grad_norm, entropy, tokens (trained
-    ones); RL adds mismatch_kl and the kept and dropped fractions.
+    ones); RL adds mismatch_kl and the kept and dropped fractions. Models with experts add
+    expert_load [L, E], the share of each layer's choices that fell on each expert, and
+    expert_load_max, the largest share as a multiple of the mean one.
     """
 
     def __init__(self, layout: StateLayout, config: StepConfig):
         self.layout = layout
         self.target = Target.of(layout.mesh.devices.flat[0])
         backend = self.target.backend
-        lora, keep_all = bool(layout.frozen_specs), config.ac == "none"
+        lora, keep_all = layout.is_lora, config.ac == "none"
+        expert_axis = layout.mesh.shape["expert"]
+        if expert_axis > 1 and not layout.model.config.num_experts:
+            name = layout.model.config.name
+            raise ValueError(f"expert axis {expert_axis} needs experts, and {name} is dense; use 1")
         self.config = dataclasses.replace(
             config,
             head_chunk=config.head_chunk or head_chunk(layout.model.config.vocab_size, backend),
             # A chunk's intermediates are recomputed: not with ac "none".
             mlp_chunk=0 if keep_all else config.mlp_chunk or mlp_chunk(backend, lora=lora),
+            experts_chunk=0
+            if keep_all
+            else config.experts_chunk or experts_chunk(backend, lora=lora, expert_axis=expert_axis),
         )
         self.dtype = jnp.dtype(config.compute_dtype)
         state = layout.shardings()
@@ -145,6 +170,16 @@ class TrainStep:
             seq_len=seq_len,
         )
 
+    def grouped_matmul(self) -> GroupedOps:
+        """The experts' products, by the implementation that this step resolves to."""
+        model = self.layout.model.config
+        return resolve_grouped_matmul(
+            self.config.grouped_matmul,
+            target=self.target,
+            dtype=self.dtype,
+            features=(model.hidden_size, model.moe_intermediate_size),
+        )
+
     def gradients(self, params, frozen, batch: Batch):
         """(gradient tree like params, fp32; metrics), summed over micro-batches and devices."""
         trainable_spec, frozen_spec = self.layout.param_partition()
@@ -154,15 +189,31 @@ class TrainStep:
             in_specs=(trainable_spec, frozen_spec, BATCH_SPEC),
             out_specs=(trainable_spec, PartitionSpec()),
             check_vma=False,
-        )(params, frozen, batch)
+        )(params, frozen, _predictions(batch))
 
     def _step(self, state: TrainState, batch: Batch):
         grads, metrics = self.gradients(state.params, state.frozen, batch)
         metrics["grad_norm"] = optax.tree.norm(grads)
+        frozen = state.frozen
+        if (load := metrics.get("expert_load")) is not None:
+            metrics["expert_load_max"] = jnp.max(load) * load.shape[-1]
+            if self.config.router_bias_rate:
+                frozen = _balance(frozen, load, self.config.router_bias_rate)
         with jax.named_scope("optimizer"):
             updates, opt_state = self.layout.optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+        return TrainState(state.step + 1, params, frozen, opt_state), metrics
+
+
+def _balance(frozen, load: Float[Array, "L E"], rate: float):
+    """The routers' correction biases moved towards an even load: up by `rate` where an expert got
+    less than its share, down where more (arXiv:2408.15664)."""
+    router = frozen["layers"]["mlp"]["router"]
+    bias = router["bias"] + rate * jnp.sign(1.0 / load.shape[-1] - load)
+    layers = frozen["layers"] | {
+        "mlp": frozen["layers"]["mlp"] | {"router": router | {"bias": bias}}
+    }
+    return frozen | {"layers": layers}
 
 
 class _Gradients:
@@ -171,20 +222,18 @@ class _Gradients:
     def __init__(self, step: TrainStep):
         layout, self.config, self.dtype = step.layout, step.config, step.dtype
         self.model = layout.model
-        self.size = layout.mesh.shape["fsdp"]
+        self.size, self.mesh_shape = layout.mesh.size, layout.mesh.shape
         self.attention = step.attention
-        self.trainable_spec, frozen_spec = layout.param_partition()
-        # Inside the loop over layers the parameters have lost their first dimension.
-        drop = lambda tree: jax.tree.map(lambda s: PartitionSpec(*s[1:]), tree)  # noqa: E731
-        self.layer_specs = (
-            drop(self.trainable_spec.get("layers", {})),
-            drop(frozen_spec.get("layers", {})),
-        )
-        self.block_def = nnx.graphdef(self.model.layers)
+        self.trainable_spec, self.frozen_spec = layout.param_partition()
+        self.is_fp32 = layout.is_fp32()
         self.norm_def = nnx.graphdef(self.model.final_norm)
+        self.experts = None
+        if self.model.config.num_experts:
+            expert_axis = self.mesh_shape["expert"]
+            exchange = make_exchange(expert_axis, step.target.backend) if expert_axis > 1 else None
+            self.experts = ExpertOps(step.grouped_matmul(), exchange, self.config.experts_chunk)
 
-    def __call__(self, params, frozen, whole: Batch):
-        batch = _predictions(whole)
+    def __call__(self, params, frozen, batch: _Predictions):
         total = self._sum_devices(jnp.sum(batch.mask, dtype=jnp.float32))
         scale = 1.0 / jnp.maximum(total, 1.0)
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
@@ -200,8 +249,12 @@ class _Gradients:
             grads,
             self.trainable_spec,
         )
+        load = metrics.pop("expert_load", None)
         metrics = {k: self._sum_devices(m) * scale for k, m in metrics.items()}
         metrics["tokens"] = total
+        if load is not None:
+            load = self._sum_devices(load)
+            metrics["expert_load"] = load / jnp.sum(load, axis=-1, keepdims=True)
         return grads, metrics
 
     def micro_batch(self, params, frozen, scale, grads, batch: _Predictions):
@@ -212,21 +265,22 @@ class _Gradients:
         with jax.named_scope("embed"):
             x = vocab.embed(table, flat, axis_size=self.size, dtype=self.dtype)
         attend = self.attention(packed=batch.segment_ids is not None, seq_len=T)
-        stack = LayerStack(
-            functools.partial(self.layer, attend.fn),
-            ac=self.config.ac,
-            fetch=self.fetch,
-            reduce=self.reduce,
-        )
-        layers, frozen_layers = params.get("layers", {}), frozen.get("layers", {})
         constants = (rope_tables(self.model.config, batch.positions), batch.segment_ids)
-        x, saved = stack.forward(layers, frozen_layers, constants, x.reshape(B, T, -1))
+        x, load, done = x.reshape(B, T, -1), None, []
+        for name in ("dense_layers", "layers"):
+            if getattr(self.model, name) is not None:
+                stack = self.stack(name, attend.fn)
+                layers = (params.get(name, {}), frozen.get(name, {}))
+                x, saved, load = stack.forward(*layers, constants, x)
+                done.append((name, stack, layers, saved))
         with jax.named_scope("head"):
             grads, dx, metrics = self.head(params, frozen, scale, grads, batch, x)
-        layer_grads, dx = stack.backward(
-            layers, frozen_layers, constants, saved, dx.reshape(x.shape), grads["layers"]
-        )
-        grads = grads | {"layers": layer_grads}
+        dx = dx.reshape(x.shape)
+        for name, stack, layers, saved in reversed(done):
+            layer_grads, dx = stack.backward(*layers, constants, saved, dx, grads.get(name, {}))
+            grads = grads | {name: layer_grads}
+        if load is not None:
+            metrics["expert_load"] = load
         if "embed" in params:
             with jax.named_scope("embed"):
                 grads["embed"] = vocab.add_embed_gradient(
@@ -234,10 +288,43 @@ class _Gradients:
                 )
         return grads, metrics
 
-    def layer(self, attend, trainable, constants, x):
-        frozen, ((cos, sin), segment_ids) = constants
-        block = nnx.merge(self.block_def, merge_trees(trainable, frozen))
-        return block(x, LayerContext(cos, sin, segment_ids, attend, self.config.mlp_chunk))
+    def stack(self, name: str, attend) -> LayerStack:
+        """The stack of equal layers that the model calls `name`."""
+        block_def = nnx.graphdef(getattr(self.model, name))
+        # Inside the loop over layers the parameters have lost their first dimension.
+        specs = tuple(
+            jax.tree.map(lambda s: PartitionSpec(*s[1:]), tree.get(name, {}))
+            for tree in (self.trainable_spec, self.frozen_spec)
+        )
+        is_fp32 = tuple(tree.get(name, {}) for tree in self.is_fp32)
+
+        def layer(trainable, constants, x):
+            frozen, ((cos, sin), segment_ids) = constants
+            block = nnx.merge(block_def, merge_trees(trainable, frozen))
+            chunk = self.config.mlp_chunk
+            return block(x, LayerContext(cos, sin, segment_ids, attend, chunk, self.experts))
+
+        def fetch(trainable, frozen):
+            """One layer's parameters, whole, in the compute dtype; trainable ones fp32 by type."""
+            whole = jax.tree.map(
+                lambda p, s, fp32: gather(p if fp32 else p.astype(self.dtype), s, self.mesh_shape),
+                (trainable, frozen),
+                specs,
+                is_fp32,
+            )
+            return cast_params(whole[0], jnp.float32), whole[1]
+
+        def reduce(grads):
+            """One layer's gradients -> this device's shards, summed over devices in fp32."""
+            return jax.tree.map(
+                lambda g, s: (
+                    g if sharded_dim(s) is None else reduce_gradient(g, s, self.mesh_shape)
+                ),
+                grads,
+                specs[0],
+            )
+
+        return LayerStack(layer, ac=self.config.ac, fetch=fetch, reduce=reduce)
 
     def head(self, params, frozen, scale, grads, batch: _Predictions, x):
         """Loss and its pull-back through final norm and head.
@@ -256,7 +343,7 @@ class _Gradients:
             x, targets = inputs
             weights = trainable or fixed
             x = nnx.merge(self.norm_def, weights["norm"])(x)
-            axis = "fsdp" if self.size > 1 else None
+            axis = EVERYWHERE if self.size > 1 else None
             return token_logprob(x, weights["w"], targets, self.config.temperature, axis)
 
         inputs = (x.reshape(-1, x.shape[-1]), batch.targets.reshape(-1))
@@ -296,19 +383,5 @@ class _Gradients:
         metrics["entropy"] = jnp.sum(jnp.where(flat_mask, entropy, 0.0))
         return grads, dx, metrics
 
-    def fetch(self, trainable, frozen):
-        """One layer's parameters, whole, in the compute dtype; trainable ones as fp32 by type."""
-        low = cast_params((trainable, frozen), self.dtype)
-        whole = jax.tree.map(lambda p, s: gather(p, s, self.size), low, self.layer_specs)
-        return cast_params(whole[0], jnp.float32), whole[1]
-
-    def reduce(self, grads):
-        """One layer's gradients -> this device's shards, summed over devices in fp32."""
-        return jax.tree.map(
-            lambda g, s: g if sharded_dim(s) is None else reduce_gradient(g, s, self.size),
-            grads,
-            self.layer_specs[0],
-        )
-
     def _sum_devices(self, x):
-        return jax.lax.psum(x, "fsdp") if self.size > 1 else x
+        return jax.lax.psum(x, EVERYWHERE) if self.size > 1 else x

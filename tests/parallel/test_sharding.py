@@ -16,6 +16,8 @@ from jaxrl.models.params import specs
 from jaxrl.models.transformer import Transformer
 from jaxrl.parallel.mesh import AXES, make_mesh, mesh_shape
 from jaxrl.parallel.sharding import (
+    EVERYWHERE,
+    EXPERTS,
     gather,
     param_shardings,
     param_specs,
@@ -75,8 +77,9 @@ def test_neighbours_share_context_then_expert():
 
 
 def test_partition_spec():
-    assert partition_spec(("layers", "embed", "mlp")) == P(None, "fsdp", None)
-    assert partition_spec(("vocab", "vocab_embed")) == P("fsdp", None)
+    assert partition_spec(("layers", "embed", "mlp")) == P(None, EVERYWHERE, None)
+    assert partition_spec(("vocab", "vocab_embed")) == P(EVERYWHERE, None)
+    assert partition_spec(("layers", "experts", None)) == P(None, EXPERTS, None)
     assert partition_spec((None,)) == P(None)
 
 
@@ -84,7 +87,7 @@ def test_two_dimensions_on_one_mesh_axis_raise():
     with pytest.raises(ValueError, match=r"\('embed', 'vocab'\) map twice to one mesh axis"):
         partition_spec(("embed", "vocab"))
     with pytest.raises(ValueError, match="map twice"):
-        partition_spec(("a", "b"), {"a": "expert", "b": "expert"})
+        partition_spec(("a", "b"), {"a": ("expert",), "b": ("fsdp", "expert")})
     assert partition_spec(("a", "b"), {"a": None, "b": None}) == P(None, None)
 
 
@@ -101,11 +104,11 @@ def test_every_matrix_is_sharded_and_every_vector_whole():
     for path, spec in sharded.items():
         dims = specs(model)[path].shape[1 if path[0] == "layers" else 0 :]
         assert (sharded_dim(spec) is not None) == (len(dims) == 2), path
-    assert sharded["layers", "attention", "q", "kernel"] == P(None, "fsdp", None)
-    assert sharded["layers", "mlp", "down", "kernel"] == P(None, "fsdp", None)
-    assert sharded["layers", "mlp", "down", "lora_a"] == P(None, "fsdp", None)
-    assert sharded["layers", "mlp", "down", "lora_b"] == P(None, None, "fsdp")
-    assert sharded["embed",] == sharded["head",] == P("fsdp", None)
+    assert sharded["layers", "attention", "q", "kernel"] == P(None, EVERYWHERE, None)
+    assert sharded["layers", "mlp", "down", "kernel"] == P(None, EVERYWHERE, None)
+    assert sharded["layers", "mlp", "down", "lora_a"] == P(None, EVERYWHERE, None)
+    assert sharded["layers", "mlp", "down", "lora_b"] == P(None, None, EVERYWHERE)
+    assert sharded["embed",] == sharded["head",] == P(EVERYWHERE, None)
     assert flat(param_specs(model, nnx.LoRAParam)).keys() == {
         p for p in sharded if p[-1].startswith("lora")
     }
@@ -115,14 +118,14 @@ def test_param_shardings_split_what_they_say():
     mesh = make_mesh(jax.devices())
     shardings = flat(param_shardings(Transformer(CONFIG), mesh))
     down = shardings["layers", "mlp", "down", "kernel"]
-    assert down == NamedSharding(mesh, P(None, "fsdp", None))
+    assert down == NamedSharding(mesh, P(None, EVERYWHERE, None))
     assert down.shard_shape((2, 24, 16)) == (2, 3, 16)
 
 
 def test_a_mesh_that_does_not_divide_a_parameter_raises():
     model = Transformer(CONFIG.replace(intermediate_size=20))
     message = (
-        r"fsdp axis 8 does not divide layers.mlp.down.kernel of shape \(2, 20, 16\); "
+        r"8 devices do not divide layers.mlp.down.kernel of shape \(2, 20, 16\); "
         r"use one of \[1, 2, 4, 5\]"
     )
     with pytest.raises(ValueError, match=message):
@@ -130,11 +133,12 @@ def test_a_mesh_that_does_not_divide_a_parameter_raises():
     param_shardings(model, make_mesh(jax.devices()[:4]))
 
 
-SPECS = [P("fsdp", None), P(None, "fsdp"), P(None, None)]
+SPECS = [P(EVERYWHERE, None), P(None, EVERYWHERE), P(None, None), P(EXPERTS, None)]
+AXES_OF = {"fsdp": 2, "expert": 2, "context": 2}
 
 
 def sharded(fn, in_specs, out_specs):
-    mesh = make_mesh(jax.devices())
+    mesh = make_mesh(jax.devices(), expert=2, context=2)
     return jax.jit(
         jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     )
@@ -143,17 +147,28 @@ def sharded(fn, in_specs, out_specs):
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_gather_makes_a_parameter_whole(spec):
     x = jnp.arange(16.0 * 8).reshape(16, 8)
-    whole = sharded(functools.partial(gather, spec=spec, axis_size=8), spec, P())(x)
-    np.testing.assert_array_equal(whole, x)
+    whole = P("expert") if spec[0] == EXPERTS else P()  # experts stay with their expert group
+    fn = functools.partial(gather, spec=spec, mesh_shape=AXES_OF)
+    np.testing.assert_array_equal(sharded(fn, spec, whole)(x), x)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_reduce_gradient_sums_devices_into_shards(spec):
     g = jnp.asarray(np.random.default_rng(0).standard_normal((8, 16, 8)), jnp.float32)
-    fn = lambda g: reduce_gradient(g[0], spec, 8)  # noqa: E731
-    np.testing.assert_allclose(sharded(fn, P("fsdp"), spec)(g), g.sum(axis=0), rtol=1e-5, atol=1e-6)
+    if spec[0] == EXPERTS:  # a device has gradients of its expert group's half only
+        half = np.arange(16)[None, :, None] // 8 == (np.arange(8) // 2 % 2)[:, None, None]
+        total, g = (
+            jnp.sum(g * half, axis=0),
+            g[np.arange(8)[:, None], (np.arange(8) // 2 % 2)[:, None] * 8 + np.arange(8)],
+        )
+    else:
+        total = jnp.sum(g, axis=0)
+    fn = lambda g: reduce_gradient(g[0], spec, AXES_OF)  # noqa: E731
+    np.testing.assert_allclose(sharded(fn, P(EVERYWHERE), spec)(g), total, rtol=1e-5, atol=1e-6)
 
 
 def test_one_device_needs_no_collective():
     x = jnp.ones((4, 2))
-    assert gather(x, P("fsdp", None), 1) is x and reduce_gradient(x, P(None, None), 1) is x
+    one = dict.fromkeys(AXES_OF, 1)
+    assert gather(x, P(EVERYWHERE, None), one) is x
+    assert reduce_gradient(x, P(None, None), one) is x

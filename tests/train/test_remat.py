@@ -42,7 +42,7 @@ def traced(ac: str, attention: str = "xla"):
 
     def run(params, x):
         tables = rope_tables(TINY, jnp.zeros((B, T), jnp.int32))
-        y, saved = stack.forward(params, {}, tables, x)
+        y, saved, _ = stack.forward(params, {}, tables, x)
         kept.extend(jax.typeof(a) for a in jax.tree.leaves(saved))
         return stack.backward(params, {}, tables, saved, y, params)
 

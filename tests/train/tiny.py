@@ -25,6 +25,30 @@ TINY = ModelConfig(
     tie_embeddings=True,
     qk_norm=True,
 )
+# As Qwen3-MoE.
+TINY_MOE = TINY.replace(
+    name="tiny-moe",
+    architecture="Qwen3MoeForCausalLM",
+    num_layers=2,
+    num_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=32,
+    tie_embeddings=False,
+)
+# As GLM-4.5: dense first layer, shared expert, sigmoid router, half of each head turned.
+TINY_GLM = TINY_MOE.replace(
+    name="tiny-glm",
+    architecture="Glm4MoeForCausalLM",
+    num_layers=3,
+    first_k_dense=1,
+    num_shared_experts=1,
+    router="sigmoid",
+    qk_norm=False,
+    attention_bias=True,
+    attention_out_bias=False,
+    partial_rotary_factor=0.5,
+    routed_scaling_factor=1.5,
+)
 
 
 def tiny_program(
@@ -32,6 +56,8 @@ def tiny_program(
     *,
     model: ModelConfig = TINY,
     rank: int = 0,
+    expert: int = 1,
+    context: int = 1,
     rows: int = 8,
     seq_len: int = 32,
     micro_batches: int = 2,
@@ -41,14 +67,14 @@ def tiny_program(
     """fp32 throughout, so that programs that should agree do to rounding."""
     return build_program(
         model,
-        mesh=make_mesh(jax.devices("cpu")[:devices]),
+        mesh=make_mesh(jax.devices("cpu")[:devices], expert, context),
         step=StepConfig(**({"compute_dtype": "float32"} | step)),
         optimizer=optimizer or OptimizerConfig(learning_rate=1e-2),
         lora_rank=rank,
         lora=LoraOptions(),
         seq_len=seq_len,
         micro_batches=micro_batches,
-        rows_per_device=rows // devices,
+        rows_per_device=rows * context // devices,
     )
 
 
@@ -59,7 +85,8 @@ def tiny_state(program: Program, seed: int = 0) -> TrainState:
 
     def fill(path, s):
         mean = 1.0 if path[-1].key == "scale" else 0.0
-        value = mean + 0.05 * rng.standard_normal(s.shape)
+        router = any(key.key == "router" for key in path)  # wide: no two experts are nearly tied
+        value = mean + (0.5 if router else 0.05) * rng.standard_normal(s.shape)
         return jax.device_put(value.astype(s.dtype), s.sharding)
 
     params, frozen = (
