@@ -87,7 +87,7 @@ def _unplanned_bytes(attention: str, program: Program) -> int:
     may lie elsewhere."""
     if attention != "cudnn":
         return 0
-    rows = program.rows // program.layout.mesh.shape["fsdp"]
+    rows = program.rows_per_device
     model = program.layout.model.config
     return cudnn_workspace_bytes(rows, program.seq_len, model.num_heads, model.head_dim)
 
@@ -101,7 +101,9 @@ def count_flops(
     doc_lengths: of the documents of each row, where rows are packed; default one document.
     """
     model, tokens = program.layout.model.config, program.seq_len
-    dense = flops.cost_analysis_flops(lambda n: lower_reference(program, n), model.num_layers)
+    dense = flops.cost_analysis_flops(
+        lambda n: lower_reference(program, n), model.num_layers - model.first_k_dense
+    )
     docs = _documents(program, doc_lengths)
     forward, backward = (_attention_flops(program, 1, w, docs) for w in ("forward", "backward"))
     return {
@@ -142,8 +144,10 @@ def _documents(program: Program, doc_lengths: Sequence[int] | None) -> Sequence[
 
 def _kernel_flops(call: hlo.CallSite, program: Program, docs: Sequence[int]) -> float:
     """FLOPs of one run of a custom call that is no plain matrix product, which `hlo` counts."""
-    rows, whole = program.rows // program.layout.mesh.shape["fsdp"], [program.seq_len]
+    rows, whole = program.rows_per_device, [program.seq_len]
     if call.flops is not None:
+        if "jaxrl_grouped" in call.op_name:  # declared for the room that a device has for rows
+            return call.flops / program.layout.mesh.shape["expert"]
         if "jaxrl_flash_attention" in call.op_name:  # declared for one document
             return call.flops * cost.pairs(docs) / cost.pairs(whole)
         return call.flops

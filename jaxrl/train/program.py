@@ -14,8 +14,10 @@ from jaxrl.models.attention import LayerContext
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.layers import rope_tables
 from jaxrl.models.lora import LoraConfig, add_lora
+from jaxrl.models.moe import ExpertOps
 from jaxrl.models.params import nest, specs
 from jaxrl.models.transformer import Transformer, merge_trees
+from jaxrl.ops.grouped_matmul import composed
 from jaxrl.train.optimizer import make_optimizer
 from jaxrl.train.state import StateLayout, TrainState
 from jaxrl.train.step import BATCH_SPEC, Batch, TrainStep
@@ -33,6 +35,12 @@ class Program:
     @property
     def layout(self) -> StateLayout:
         return self.step.layout
+
+    @property
+    def rows_per_device(self) -> int:
+        """Sequences, or parts of one, of each device and micro-batch."""
+        shape = self.layout.mesh.shape
+        return self.rows // (shape["fsdp"] * shape["expert"])
 
     @property
     def tokens_per_step(self) -> int:
@@ -114,11 +122,14 @@ def floor_bytes(program: Program) -> int:
 def lower_reference(program: Program, num_layers: int) -> jax.stages.Lowered:
     """Loss and gradient of one sequence as plainly as it can be written, lowered for the CPU.
 
-    For XLA's cost analysis: `num_layers` layers unrolled, full logits, no recomputation, one
-    device. Attention is left out (its q, k, v are merely added): it counts what it declares.
+    For XLA's cost analysis: `num_layers` layers unrolled (behind the dense first ones of a model
+    with experts), full logits, no recomputation, one device. Attention is left out (its q, k, v
+    are merely added): it counts what it declares. All rows of expert layers go to the first expert:
+    which one does not change the count.
     """
     whole = program.layout.model
-    config = whole.config.replace(num_layers=num_layers)
+    first = whole.config.first_k_dense
+    config = whole.config.replace(num_layers=first + num_layers)
     model = Transformer(config)
     lora = specs(whole, nnx.LoRAParam)
     if lora:
@@ -126,9 +137,9 @@ def lower_reference(program: Program, num_layers: int) -> jax.stages.Lowered:
         targets = tuple(sorted({p[-2] for p in lora}))
         add_lora(model, LoraConfig(rank=rank, targets=targets))
     dtype = program.step.dtype
-    learn = specs(model, nnx.LoRAParam) or specs(model)
+    learn = specs(model, nnx.LoRAParam) or specs(model, nnx.Param)
     abstract = {
-        p: jax.ShapeDtypeStruct(s.shape, jnp.float32 if p in learn else dtype)
+        p: jax.ShapeDtypeStruct(s.shape, jnp.float32 if p in learn or s.fp32 else dtype)
         for p, s in specs(model).items()
     }
     trainable = nest({p: a for p, a in abstract.items() if p in learn})
@@ -144,11 +155,15 @@ def lower_reference(program: Program, num_layers: int) -> jax.stages.Lowered:
         model = nnx.merge(graphdef, merge_trees(trainable, frozen))
         x = model.embed[...][tokens].astype(dtype)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        ctx = LayerContext(*rope_tables(config, positions), None, attend)
-        block, layers = nnx.split(model.layers)
-        layers = nnx.to_pure_dict(layers)
-        for i in range(num_layers):
-            x = nnx.merge(block, jax.tree.map(lambda a, i=i: a[i], layers))(x, ctx)
+        experts = ExpertOps(composed("first", lambda x, w, group_sizes: x @ w[0].astype(x.dtype)))
+        ctx = LayerContext(*rope_tables(config, positions), None, attend, experts=experts)
+        for stack, count in ((model.dense_layers, first), (model.layers, num_layers)):
+            if stack is None:
+                continue
+            block, layers = nnx.split(stack)
+            layers = nnx.to_pure_dict(layers)
+            for i in range(count):
+                x, _ = nnx.merge(block, jax.tree.map(lambda a, i=i: a[i], layers))(x, ctx)
         head = model.embed if model.head is None else model.head
         logits = jnp.einsum(
             "BTD,VD->BTV",
