@@ -1,5 +1,7 @@
 """Load and save Hugging Face checkpoint folders: config.json and safetensors, never pickle."""
 
+import functools
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxrl.models.hf_config import TOKEN_IDS, CheckpointError, config_json, read_config, read_json
+from jaxrl.models.hf_config import (
+    TOKEN_IDS,
+    CheckpointError,
+    config_json,
+    parse_config,
+    prediction_layers,
+    read_json,
+)
 from jaxrl.models.params import ParamSpec, nest, specs
 from jaxrl.models.safetensors_folder import (
     Pending,
@@ -46,11 +55,13 @@ def load_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     shardings: Mapping | None = None,
     attention: str = "auto",
+    grouped_matmul: str = "auto",
 ) -> Transformer:
-    """The model in a Hugging Face checkpoint folder, its parameters in `dtype`.
+    """The model in a Hugging Face checkpoint folder, its parameters in `dtype` (routers in fp32).
 
-    One parameter at a time is read, stacked over layers and moved to its devices: host memory
-    holds at most one of them besides what the devices own. `mesh` shards parameters by
+    One device's part of one parameter at a time is read, stacked over layers and experts, and
+    moved to the device: host memory holds at most one of them besides what the devices own, and
+    no process reads what is another's. `mesh` shards parameters by
     `parallel.sharding.param_shardings`; `shardings` says it outright (a nested dict of
     `Sharding`s with the parameters' paths); with neither they go to the default device.
 
@@ -62,23 +73,27 @@ def load_pretrained(
         raise ValueError("mesh and shardings both say where parameters live; give one of them")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; give a local Hugging Face checkpoint folder")
-    model = Transformer(read_config(folder), attention=attention)
+    raw = read_json(folder / "config.json")
+    config = parse_config(raw, folder.resolve().name)
+    model = Transformer(config, attention=attention, grouped_matmul=grouped_matmul)
     if mesh is not None:
         from jaxrl.parallel.sharding import param_shardings
 
         shardings = param_shardings(model, mesh)
     stored = list_tensors(folder)
+    for i in prediction_layers(raw, config):
+        prefix = f"model.layers.{i}."
+        if f"{prefix}eh_proj.weight" in stored:  # which no layer of the decoder has
+            stored = {k: v for k, v in stored.items() if not k.startswith(prefix)}
     declared = specs(model)
-    _check(declared, stored, model.config.tie_embeddings, folder)
+    _check(declared, stored, config.tie_embeddings, folder)
     values = {}
     for parameter, spec in declared.items():
         sharding = shardings
         for key in parameter:
             sharding = None if sharding is None else sharding[key]
-        host = np.empty(spec.shape, jnp.dtype(dtype))
-        read_into(host, dict(hf_names(spec)), stored, transposed=spec.hf_transposed)
-        values[parameter] = _to_device(host, sharding)
-        del host  # before the next one is allocated
+        kept = jnp.dtype(jnp.float32 if spec.fp32 else dtype)
+        values[parameter] = _read_parameter(spec, stored, kept, sharding)
     graphdef, _ = nnx.split(model)
     return nnx.merge(graphdef, nest(values))
 
@@ -92,9 +107,9 @@ def save_pretrained(
 ) -> None:
     """Write `model` as a Hugging Face checkpoint folder that transformers 4 and 5 load.
 
-    Parameters keep their dtype. source: the folder the model came from; its tokenizer, chat
-    template and generation settings are copied along and its special token ids kept. The folder
-    appears under its name only when complete.
+    Parameters keep their dtype; each expert's matrices become tensors of their own. source: the
+    folder the model came from; its tokenizer, chat template and generation settings are copied
+    along and its special token ids kept. The folder appears under its name only when complete.
 
     Raises `ValueError` where `path` exists and is not empty, and for a model that has LoRA
     adapters, no values yet, or parameters on other processes' devices.
@@ -130,25 +145,27 @@ def save_pretrained(
                         shutil.copyfile(file, folder / file.name)
 
 
-def hf_names(spec: ParamSpec) -> Iterator[tuple[str, int | None]]:
-    """The tensors that make up a parameter: (name, layer), layer None where it is not stacked."""
+def hf_names(spec: ParamSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors that make up a parameter: (name, index), which says where each lies: (), (layer,)
+    or (layer, expert)."""
     assert spec.hf is not None
-    if "{i}" not in spec.hf:
-        yield spec.hf, None
-        return
-    for i in range(spec.shape[0]):
-        yield spec.hf.replace("{i}", str(i)), i
+    stacked = [mark for mark in ("{i}", "{e}") if mark in spec.hf]
+    for index in np.ndindex(*spec.shape[: len(stacked)]):
+        name = spec.hf
+        for mark, i in zip(stacked, index, strict=True):
+            name = name.replace(mark, str(i + spec.first_layer if mark == "{i}" else i))
+        yield name, index
 
 
 def _check(declared: Mapping, stored: Mapping[str, Stored], tied: bool, folder: Path) -> None:
     """Refuse missing and misshapen tensors, and those that nothing here would read."""
     expected = set()
     for spec in declared.values():
-        for name, i in hf_names(spec):
+        for name, index in hf_names(spec):
             expected.add(name)
             if name not in stored:
                 raise CheckpointError(f"tensor {name} is missing from the checkpoint in {folder}")
-            shape = spec.shape if i is None else spec.shape[1:]
+            shape = spec.shape[len(index) :]
             shape = (*shape[:-2], shape[-1], shape[-2]) if spec.hf_transposed else shape
             if stored[name].shape != shape:
                 raise CheckpointError(
@@ -163,29 +180,80 @@ def _check(declared: Mapping, stored: Mapping[str, Stored], tied: bool, folder: 
             )
 
 
-def _to_device(host: np.ndarray, sharding) -> jax.Array:
-    # Waits, so that the caller may free its copy: transfers are asynchronous.
+def _read_parameter(spec: ParamSpec, stored: Mapping[str, Stored], dtype, sharding) -> jax.Array:
+    """A parameter on its devices, read one device's part at a time."""
+
+    names = list(hf_names(spec))
+    stacked = len(names[0][1])
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        part = [slice(*s.indices(n)[:2]) for s, n in zip(index, spec.shape, strict=True)]
+        lead, rest = part[:stacked], part[stacked:]
+        host = np.empty([s.stop - s.start for s in part], dtype)
+        slots = {
+            name: tuple(i - s.start for i, s in zip(at, lead, strict=True))
+            for name, at in names
+            if all(s.start <= i < s.stop for i, s in zip(at, lead, strict=True))
+        }
+        read_into(host, slots, stored, rest, transposed=spec.hf_transposed)
+        return host
+
+    whole = (slice(None),) * len(spec.shape)
+    # Waits, here and below, so that the host's copy is freed: transfers are asynchronous.
     if sharding is None:
-        return jax.device_put(host).block_until_ready()
-    # From a callback each device gets its own shard only, and no process another's.
-    value = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-    return value.block_until_ready()
+        return jax.device_put(read(whole)).block_until_ready()
+    devices: dict[tuple[slice, ...], list] = {}
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        devices.setdefault(index, []).append(device)
+    parts = []
+    for index, same in devices.items():
+        host = read(index)
+        for device in same:
+            one = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+            parts.append(jax.device_put(host, one).block_until_ready())
+        del host  # before the next one is allocated
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, parts, dtype=dtype)
 
 
 def _pending(declared: Mapping, values: Mapping) -> Iterator[Pending]:
     """The tensors to write, layer by layer, each fetched from its devices when it is due."""
 
-    def tensor(value, i, transposed):
-        value = value if i is None else jax.lax.dynamic_index_in_dim(value, i, keepdims=False)
-        host = np.asarray(value)
+    def tensor(value, index, transposed):
+        host = _fetch(value, index)
         return host.swapaxes(-1, -2) if transposed else host
 
     rows = [
-        (-1 if i is None else i, name, parameter, i)
+        (index[0] + spec.first_layer if index else -1, name, parameter, index)
         for parameter, spec in declared.items()
-        for name, i in hf_names(spec)
+        for name, index in hf_names(spec)
     ]
-    for _, name, parameter, i in sorted(rows, key=lambda row: row[0]):
+    for _, name, parameter, index in sorted(rows, key=lambda row: row[0]):
         value, spec = values[parameter], declared[parameter]
-        nbytes = value.nbytes // (1 if i is None else spec.shape[0])
-        yield Pending(name, nbytes, lambda v=value, i=i, t=spec.hf_transposed: tensor(v, i, t))
+        nbytes = value.nbytes // math.prod(spec.shape[: len(index)])
+        make = functools.partial(tensor, value, index, spec.hf_transposed)
+        yield Pending(name, nbytes, make)
+
+
+def _fetch(value: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """value[index] on the host, from the devices that hold it and no others: slicing the sharded
+    array would first gather it on each of them."""
+    shape = value.shape[len(index) :]
+    host = None
+    for shard in value.addressable_shards:
+        bounds = [s.indices(n)[:2] for s, n in zip(shard.index, value.shape, strict=True)]
+        lead, rest = bounds[: len(index)], bounds[len(index) :]
+        held = all(start <= i < stop for i, (start, stop) in zip(index, lead, strict=True))
+        if shard.replica_id or not held:
+            continue
+        part, sizes = shard.data, [stop - start for start, stop in rest]
+        if index:
+            starts = [i - start for i, (start, _) in zip(index, lead, strict=True)]
+            starts, slice_sizes = [*starts, *(0 for _ in rest)], [*(1 for _ in index), *sizes]
+            part = jax.lax.dynamic_slice(part, starts, slice_sizes)
+        part = np.asarray(part).reshape(sizes)
+        if part.shape == shape:
+            return part
+        host = np.empty(shape, value.dtype) if host is None else host
+        host[tuple(slice(*b) for b in rest)] = part
+    assert host is not None
+    return host

@@ -18,23 +18,76 @@ class CheckpointError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Key:
+    """A config.json key of some families: its name, what its absence means, another name for it."""
+
+    name: str
+    default: int | float | bool
+    alias: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """One supported architecture: its `model_type`, and what an absent config.json key means.
 
-    The defaults are those of transformers' config class. None: one kv head per query head, and
-    head_dim hidden_size / num_attention_heads.
+    The defaults are those of transformers' config class. None: one kv head per query head,
+    head_dim hidden_size / num_attention_heads, and rotary embeddings that always turn whole heads.
+    keys: what config.json says besides of a field of `ModelConfig`. fixed: fields that are the
+    same in every model of the family. only: keys with one supported value, which is the default.
+    prediction_layers: the default of num_nextn_predict_layers, see `prediction_layers`.
     """
 
     model_type: str
-    qk_norm: bool
     num_kv_heads: int | None
     head_dim: int | None
     max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    partial_rotary_factor: float | None = None
+    keys: Mapping[str, Key] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prediction_layers: int = 0
 
 
 FAMILIES = {
-    "Qwen3ForCausalLM": Family("qwen3", True, 32, 128, 32768),
-    "LlamaForCausalLM": Family("llama", False, None, None, 2048),
+    "Qwen3ForCausalLM": Family("qwen3", 32, 128, 32768, fixed={"qk_norm": True}),
+    "LlamaForCausalLM": Family("llama", None, None, 2048),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        4,
+        None,
+        32768,
+        keys={
+            # transformers 4 writes the first name, transformers 5 the second.
+            "num_experts": Key("num_experts", 128, "num_local_experts"),
+            "num_experts_per_tok": Key("num_experts_per_tok", 8),
+            "moe_intermediate_size": Key("moe_intermediate_size", 768),
+            "norm_topk_prob": Key("norm_topk_prob", False),
+        },
+        fixed={"qk_norm": True},
+        only={"decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    "Glm4MoeForCausalLM": Family(
+        "glm4_moe",
+        8,
+        None,
+        131072,
+        rms_norm_eps=1e-5,
+        partial_rotary_factor=0.5,
+        keys={
+            "num_experts": Key("n_routed_experts", 128, "num_local_experts"),
+            "num_experts_per_tok": Key("num_experts_per_tok", 8),
+            "moe_intermediate_size": Key("moe_intermediate_size", 1408),
+            "num_shared_experts": Key("n_shared_experts", 1),
+            "first_k_dense": Key("first_k_dense_replace", 1),
+            "norm_topk_prob": Key("norm_topk_prob", True),
+            "routed_scaling_factor": Key("routed_scaling_factor", 1.0),
+            "qk_norm": Key("use_qk_norm", False),
+        },
+        fixed={"router": "sigmoid", "attention_out_bias": False},
+        only={"n_group": 1, "topk_group": 1},
+        prediction_layers=1,
+    ),
 }
 
 
@@ -62,6 +115,7 @@ def parse_config(raw: Mapping[str, Any], name: str) -> ModelConfig:
         ("mlp_bias", False),
         ("use_sliding_window", False),
         ("quantization_config", None),
+        *family.only.items(),
     ):
         if raw.get(key) not in (fine, None):
             raise CheckpointError(
@@ -72,32 +126,55 @@ def parse_config(raw: Mapping[str, Any], name: str) -> ModelConfig:
             f"{name}/config.json: layer_types has {min(other)!r}; supported: 'full_attention'"
         )
 
-    def shape(key: str) -> int:
-        if isinstance(value := raw.get(key), int):
-            return value
-        raise CheckpointError(f"{name}/config.json: {key} is {value!r}; it must be a whole number")
+    def number(key: str, default: float | None = None, alias: str | None = None, kind: Any = int):
+        value = raw.get(key)
+        value = raw.get(alias) if value is None and alias is not None else value
+        value = default if value is None else value
+        if isinstance(value, int | kind) and (kind is bool) == isinstance(value, bool):
+            return kind(value)
+        sort = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise CheckpointError(f"{name}/config.json: {key} is {value!r}; it must be {sort}")
 
-    hidden, heads = shape("hidden_size"), shape("num_attention_heads")
+    hidden, heads = number("hidden_size"), number("num_attention_heads")
     max_positions = raw.get("max_position_embeddings") or family.max_position_embeddings
-    theta, scaling = _rope(raw, name, max_positions)
+    theta, scaling, partial = _rope(raw, name, max_positions, family.partial_rotary_factor)
+    keys = {
+        field: number(key.name, key.default, key.alias, type(key.default))
+        for field, key in family.keys.items()
+    }
+    if keys.get("num_experts") == 0:
+        raise CheckpointError(
+            f"{name}/config.json: {family.keys['num_experts'].name} is 0; it must be at least 1"
+        )
     return ModelConfig(
         name=name,
         architecture=architecture,
-        vocab_size=shape("vocab_size"),
+        vocab_size=number("vocab_size"),
         hidden_size=hidden,
-        num_layers=shape("num_hidden_layers"),
+        num_layers=number("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads", family.num_kv_heads) or heads,
         head_dim=raw.get("head_dim", family.head_dim) or hidden // heads,
-        intermediate_size=shape("intermediate_size"),
+        intermediate_size=number("intermediate_size"),
         rope_theta=theta,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=raw.get("rms_norm_eps", family.rms_norm_eps),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qk_norm=family.qk_norm,
         attention_bias=bool(raw.get("attention_bias", False)),
         rope_scaling=scaling,
         max_position_embeddings=max_positions,
+        partial_rotary_factor=partial,
+        **family.fixed,
+        **keys,
     )
+
+
+def prediction_layers(raw: Mapping[str, Any], config: ModelConfig) -> range:
+    """Numbers of the layers behind the model's own that predict further tokens (GLM-4.5's
+    multi-token prediction). Neither transformers' forward pass nor this decoder uses them."""
+    count = default = FAMILIES[config.architecture].prediction_layers
+    if default and isinstance(said := raw.get("num_nextn_predict_layers"), int):
+        count = said
+    return range(config.num_layers, config.num_layers + count)
 
 
 def config_json(config: ModelConfig, dtype: Any, token_ids: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,13 +182,19 @@ def config_json(config: ModelConfig, dtype: Any, token_ids: Mapping[str, Any]) -
 
     token_ids: values for `TOKEN_IDS`; one left out is written as null, because the Llama class
     would otherwise assume ids 1 and 2.
+
+    Raises `ValueError` for a model that its architecture's config.json cannot describe.
     """
+    family = FAMILIES[config.architecture]
     theta, scaling = float(config.rope_theta), config.rope_scaling
+    partial = {}
+    if family.partial_rotary_factor is not None:
+        partial = {"partial_rotary_factor": config.partial_rotary_factor}
     llama3 = None if scaling is None else {"rope_type": "llama3", **dataclasses.asdict(scaling)}
     dtype = jnp.dtype(dtype).name
-    return {
+    written = {
         "architectures": [config.architecture],
-        "model_type": FAMILIES[config.architecture].model_type,
+        "model_type": family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -124,14 +207,26 @@ def config_json(config: ModelConfig, dtype: Any, token_ids: Mapping[str, Any]) -
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.attention_bias,
+        **{key.name: getattr(config, field) for field, key in family.keys.items()},
+        **family.only,
         **{key: token_ids.get(key) for key in TOKEN_IDS},
         # transformers 4 reads the first of each pair, transformers 5 the second.
         "torch_dtype": dtype,
         "dtype": dtype,
         "rope_theta": theta,
         "rope_scaling": llama3,
-        "rope_parameters": {"rope_theta": theta, **(llama3 or {"rope_type": "default"})},
+        **partial,
+        "rope_parameters": {"rope_theta": theta, **(llama3 or {"rope_type": "default"}), **partial},
     }
+    if family.prediction_layers:
+        written["num_nextn_predict_layers"] = 0
+    read, fields = parse_config(written, config.name), dataclasses.fields(config)
+    for field in [f.name for f in fields if getattr(read, f.name) != getattr(config, f.name)]:
+        raise ValueError(
+            f"{config.name}: {field} {getattr(config, field)!r} does not exist in "
+            f"{config.architecture}, whose models have {getattr(read, field)!r}"
+        )
+    return written
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -147,27 +242,31 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _rope(raw: Mapping, name: str, max_positions: int) -> tuple[float, RopeScaling | None]:
-    """theta and scaling from `rope_theta` + `rope_scaling` (4) or `rope_parameters` (5)."""
+def _rope(
+    raw: Mapping, name: str, max_positions: int, partial_default: float | None
+) -> tuple[float, RopeScaling | None, float]:
+    """theta, scaling and the share of a head that is turned, from `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor` (4) or `rope_parameters` (5)."""
     rope = {**(raw.get("rope_parameters") or {}), **(raw.get("rope_scaling") or {})}
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
+    if partial_default is None and partial not in (None, 1, 1.0):
         raise CheckpointError(
             f"{name}/config.json: partial_rotary_factor {partial} is not supported; supported: 1"
         )
+    partial = float(partial or partial_default or 1.0)
     if kind not in ("default", "llama3") or any(isinstance(v, dict) for v in rope.values()):
         raise CheckpointError(
             f"{name}/config.json: rope type {kind!r} with {sorted(rope)} is not supported; "
             "supported: 'default' and 'llama3', the same in every layer"
         )
     if kind == "default":
-        return float(theta), None
+        return float(theta), None, partial
     missing = [k for k in ("factor", "low_freq_factor", "high_freq_factor") if k not in rope]
     if missing:
         raise CheckpointError(f"{name}/config.json: rope type 'llama3' lacks {missing[0]!r}")
-    return float(theta), RopeScaling(
+    scaling = RopeScaling(
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),
         high_freq_factor=float(rope["high_freq_factor"]),
@@ -175,3 +274,4 @@ def _rope(raw: Mapping, name: str, max_positions: int) -> tuple[float, RopeScali
             "original_max_position_embeddings", max_positions
         ),
     )
+    return float(theta), scaling, partial

@@ -20,10 +20,17 @@ _DTYPES = ("F32", "BF16", "F16")
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies and its shape there."""
+    """Where a tensor lies and its shape there.
+
+    `tensor` is its name in the file, where it is the whole tensor of that name or (`_split`) those
+    rows of its number `expert` that begin with `first_row`.
+    """
 
     file: Path
+    tensor: str
     shape: tuple[int, ...]
+    expert: int | None = None
+    first_row: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +45,8 @@ class Pending:
 def list_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder's model.safetensors, or of the shards that its index names.
 
-    Reads headers only. A missing, truncated or inconsistent file is a `CheckpointError`.
+    Reads headers only. Experts that a file holds stacked are listed one by one. A missing,
+    truncated or inconsistent file is a `CheckpointError`.
     """
     index: Mapping[str, str] = {}
     if (folder / SINGLE).is_file():
@@ -68,13 +76,31 @@ def list_tensors(folder: Path) -> dict[str, Stored]:
                         f"tensor {tensor} in {file} is {view.get_dtype()}; "
                         f"supported: {', '.join(_DTYPES)}"
                     )
-                found[tensor] = Stored(file, tuple(view.get_shape()))
+                found[tensor] = Stored(file, tensor, tuple(view.get_shape()))
     for tensor, shard in index.items():
         if tensor not in found:
             raise CheckpointError(
                 f"tensor {tensor} is not in {folder / shard}, where {INDEX} has it"
             )
-    return found
+    return {name: each for tensor, whole in found.items() for name, each in _split(tensor, whole)}
+
+
+def _split(tensor: str, whole: Stored) -> Iterator[tuple[str, Stored]]:
+    """A tensor, or the experts that it stacks: transformers 5 has them so in memory, and writes
+    them so with save_original_format=False: gate_up_proj [E, 2F, D] and down_proj [E, D, F]."""
+    prefix, _, kind = tensor.rpartition(".")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind)
+    if not prefix.endswith(".mlp.experts") or parts is None or len(whole.shape) != 3:
+        yield tensor, whole
+        return
+    E, rows, columns = whole.shape
+    rows //= len(parts)
+    for e in range(E):
+        for part, projection in enumerate(parts):
+            yield (
+                f"{prefix}.{e}.{projection}.weight",
+                dataclasses.replace(whole, shape=(rows, columns), expert=e, first_row=part * rows),
+            )
 
 
 @contextlib.contextmanager
@@ -91,23 +117,40 @@ def opened(file: Path) -> Iterator:
 
 def read_into(
     out: np.ndarray,
-    slots: Mapping[str, int | None],
+    slots: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, Stored],
+    window: Sequence[slice] | None = None,
     *,
     transposed: bool,
 ) -> None:
-    """Fill `out` from the tensors named in `slots`: out[i], or the whole of it where i is None.
+    """Fill `out` from the tensors named in `slots`: out[i, ...] for i, the whole of it for ().
 
+    window: the part of each tensor that is wanted, in the dimensions of `out`; default all of it.
     transposed: swap each tensor's last two dimensions on the way. Files are opened anew for each
     call, so that no more than this parameter's pages stay mapped.
     """
-    for file in sorted({stored[name].file for name in slots}):
+    files: dict[Path, list[str]] = {}
+    for name in slots:
+        files.setdefault(stored[name].file, []).append(name)
+    for file in sorted(files):
         with opened(file) as f:
-            for name, i in slots.items():
-                if stored[name].file == file:
-                    tensor = f.get_tensor(name)
-                    tensor = tensor.swapaxes(-1, -2) if transposed else tensor
-                    out[... if i is None else i] = tensor
+            for name in files[file]:
+                part = [slice(0, n) for n in stored[name].shape]
+                if window is not None:
+                    part = [*window]
+                    if transposed:
+                        part[-2:] = part[:-3:-1]
+                tensor = _read(f, stored[name], part)
+                out[slots[name]] = tensor.swapaxes(-1, -2) if transposed else tensor
+
+
+def _read(f, stored: Stored, part: Sequence[slice]) -> np.ndarray:
+    if stored.expert is None:
+        if all(p == slice(0, n) for p, n in zip(part, stored.shape, strict=True)):
+            return f.get_tensor(stored.tensor)
+        return f.get_slice(stored.tensor)[*part]
+    rows = slice(part[0].start + stored.first_row, part[0].stop + stored.first_row)
+    return f.get_slice(stored.tensor)[stored.expert, rows, *part[1:]]
 
 
 @contextlib.contextmanager

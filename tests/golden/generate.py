@@ -8,7 +8,8 @@ takes an environment of its own (Python 3.11):
 
 Each case is a folder: a tiny random checkpoint (config.json, model.safetensors) and
 golden.safetensors with `tokens` and `labels` [B, T], `logits` [B, T, V] of the tokens, and
-`grad.<tensor name>`, the gradient of the mean cross-entropy of `labels`.
+`grad.<tensor name>`, the gradient of the mean cross-entropy of `labels`; the names are those in
+model.safetensors, one per expert. A case whose folder exists is left as it is.
 
 With SMOLLM2_DIR (made by `python -m jaxrl.models.smollm2 SMOLLM2_DIR`) it also writes
 smollm2_greedy.json: the model's greedy continuations of chat prompts.
@@ -20,7 +21,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Glm4MoeConfig,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 HERE = Path(__file__).parent
 V, B, T = 96, 2, 48
@@ -43,6 +51,20 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+SMALL_MOE = SMALL | {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "head_dim": 8,
+    "moe_intermediate_size": 8,
+    "num_experts_per_tok": 3,
+}
+# As GLM-4.5, with 2 of 3 layers sparse; rotary embeddings turn half of each head by default.
+SMALL_GLM = SMALL_MOE | {
+    "num_hidden_layers": 3,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
 CASES = {
     # 4 heads of 16 make 64, not hidden_size.
     "qwen3_tied": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
@@ -54,6 +76,13 @@ CASES = {
     "llama3_rope_tied": LlamaConfig(
         **SMALL, head_dim=16, tie_word_embeddings=True, rope_parameters=LLAMA3
     ),
+    "qwen3_moe": Qwen3MoeConfig(**SMALL_MOE, num_experts=8, norm_topk_prob=True),
+    # What the config class assumes: weights of the chosen experts that do not sum to 1.
+    "qwen3_moe_unnormalized_tied": Qwen3MoeConfig(
+        **SMALL_MOE, num_experts=8, tie_word_embeddings=True
+    ),
+    "glm4_moe": Glm4MoeConfig(**SMALL_GLM, attention_bias=True),
+    "glm4_moe_qk_norm": Glm4MoeConfig(**SMALL_GLM, use_qk_norm=True),
 }
 PROMPTS = (
     "What is the capital of France?",
@@ -74,19 +103,66 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
                 p.copy_(1.0 + 0.3 * torch.randn_like(p))
             else:
                 p.copy_((0.5 if "embed" in name else 0.25) * torch.randn_like(p))
+        for name, p in model.named_buffers():
+            if "e_score_correction_bias" in name:
+                p.copy_(0.2 * torch.randn_like(p))
+
+
+def watch_routers(model: torch.nn.Module) -> list[torch.Tensor]:
+    """A list that fills with each router's margin, when the model runs: by how much the logits (or
+    corrected scores) of the experts that a token is sent to exceed those of the others."""
+    margins = []
+
+    def hook(router, inputs, outputs):
+        logits = outputs[0].float()
+        bias = getattr(router, "e_score_correction_bias", None)
+        plain = logits if bias is None else logits.sigmoid()
+        scores = plain if bias is None else plain + bias
+        best = scores.topk(router.top_k + 1, -1)
+        assert (best.indices[:, :-1].sort().values == outputs[2].sort().values).all()
+        assert len(outputs[2].unique()) == scores.shape[-1], "an expert without a token"
+        if bias is not None:
+            unbiased = plain.topk(router.top_k, -1).indices
+            changed = (unbiased.sort().values != outputs[2].sort().values).any(-1)
+            assert changed.float().mean() > 0.2, "the correction bias changes few choices"
+        margins.append((best.values[:, -2] - best.values[:, -1]).min())
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(hook)
+    return margins
+
+
+def per_expert(name: str, stacked: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that a parameter in memory, [E, out, in], stands for."""
+    if "mlp.experts." not in name:
+        return {name: stacked}
+    prefix, kind = name.rsplit(".", 1)
+    named = {"down_proj": stacked}
+    if kind == "gate_up_proj":
+        gate, up = stacked.chunk(2, dim=1)
+        named = {"gate_proj": gate, "up_proj": up}
+    return {
+        f"{prefix}.{e}.{projection}.weight": tensor.contiguous()
+        for projection, tensors in named.items()
+        for e, tensor in enumerate(tensors)
+    }
 
 
 def write_case(name: str, config, seed: int) -> None:
     model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
+        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     randomize(model, seed)
+    margins = watch_routers(model)
     tokens, labels = torch.randint(V, (2, B, T))
     logits = model(tokens).logits
+    # Rounding, which moves logits by a few 1e-6, must not change a choice.
+    assert min(margins, default=1.0) > 1e-4, f"{name}: experts nearly tied: {margins}"
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     golden = {"tokens": tokens.int(), "labels": labels.int(), "logits": logits.detach()}
     for tensor, p in model.named_parameters():
-        golden[f"grad.{tensor}"] = p.grad
+        golden |= {f"grad.{t}": g for t, g in per_expert(tensor, p.grad).items()}
     model.save_pretrained(HERE / name)
     (HERE / name / "generation_config.json").unlink(missing_ok=True)
     save_file(golden, HERE / name / "golden.safetensors")
@@ -119,6 +195,7 @@ def write_smollm2(folder: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(2)
     for seed, (name, config) in enumerate(CASES.items()):
-        write_case(name, config, seed)
+        if not (HERE / name).exists():
+            write_case(name, config, seed)
     if len(sys.argv) > 1:
         write_smollm2(sys.argv[1])

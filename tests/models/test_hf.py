@@ -23,7 +23,7 @@ from jaxrl.models.safetensors_folder import Pending, list_tensors, write_tensors
 from jaxrl.models.transformer import Transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ["llama3_rope_tied", "llama_bias", "llama_untied", "qwen3_tied", "qwen3_untied"]
+CASES = sorted(f.parent.name for f in GOLDEN.glob("*/golden.safetensors"))
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

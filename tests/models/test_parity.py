@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from jaxrl import load_pretrained
 from jaxrl.models.hf import hf_names
 from jaxrl.models.hf_config import read_config
-from jaxrl.models.params import specs
+from jaxrl.models.params import Buffer, specs
 from jaxrl.models.transformer import Transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -34,7 +34,7 @@ def load(case: str):
 
 
 def test_the_cases_are_there():
-    assert len(CASES) == 5
+    assert len(CASES) == 9
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,21 +54,51 @@ def test_logits_and_every_gradient_equal_transformers(case):
         grad = grads
         for key in path:
             grad = grad[key]
-        for name, i in hf_names(spec):
-            g = np.asarray(grad)[... if i is None else i]
+        for name, index in hf_names(spec):
+            g = np.asarray(grad)[index]
+            if spec.kind is Buffer:
+                assert not g.any(), f"{name} is no parameter"
+                continue
             error = relative_error(g.T if spec.hf_transposed else g, golden[f"grad.{name}"])
             assert error <= 1e-5, f"gradient of {name}: {error:.1e}"
             compared.add(f"grad.{name}")
     assert compared == {name for name in golden if name.startswith("grad.")}
 
 
-def test_the_rope_scaling_case_depends_on_the_scaling():
-    """Guards the golden file: without scaling its logits would be far from the recorded ones."""
-    _, params, _, golden = load("llama3_rope_tied")
-    config = read_config(GOLDEN / "llama3_rope_tied").replace(rope_scaling=None)
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("llama3_rope_tied", {"rope_scaling": None}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("qwen3_moe", {"num_experts_per_tok": 2}),
+        ("qwen3_moe_unnormalized_tied", {"norm_topk_prob": True}),
+        ("glm4_moe", {"partial_rotary_factor": 1.0}),
+        ("glm4_moe", {"routed_scaling_factor": 1.0}),
+        ("glm4_moe", {"norm_topk_prob": False}),
+        ("glm4_moe", {"no correction": True}),
+        ("glm4_moe_qk_norm", {"no correction": True}),
+    ],
+)
+def test_the_cases_depend_on_what_they_are_for(case, change):
+    """Guards the golden files: without it the logits would be far from the recorded ones."""
+    _, params, _, golden = load(case)
+    if "no correction" in change:
+        router, change = params["layers"]["mlp"]["router"], {}
+        assert router["bias"].any()
+        router["bias"] = jnp.zeros_like(router["bias"])
+    config = read_config(GOLDEN / case).replace(**change)
     graphdef, _ = nnx.split(Transformer(config))
     logits = jax.jit(lambda p: nnx.merge(graphdef, p)(jnp.asarray(golden["tokens"])))(params)
     assert relative_error(logits, golden["logits"]) > 0.05
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "moe" in case])
+def test_the_tokens_of_the_cases_choose_different_experts(case):
+    """Every expert learns from some token, though each token goes to 3 of the 8."""
+    golden = load_file(GOLDEN / case / "golden.safetensors")
+    grads = [g for name, g in golden.items() if "mlp.experts." in name]
+    assert len(grads) == 2 * 8 * 3  # layers, experts, matrices
+    assert all(np.abs(g).max() > 1e-6 for g in grads)
 
 
 def test_packed_documents_get_the_logits_of_each_alone():
