@@ -88,7 +88,7 @@ def attention_kernel(which: str, H: int, target):
     from jaxrl_kernels.flash_attention import triton
 
     T, N, K = 16384, 16, 8
-    static = triton._Static(H**-0.5, True, False, target.gpu, target.capability)
+    static = triton.Static(H**-0.5, True, False, target.gpu, target.capability)
     q, k, v, dout = arrays([(1, T, N, H), (1, T, K, H), (1, T, K, H), (1, T, N, H)])
     rows = jnp.full((1, N, T), 10.0)
     kernel, args = {

@@ -102,9 +102,26 @@ def _anywhere(target: Target, **_) -> None:
     return None
 
 
+# Ring: the blocks of a sequence that is split over devices, see `attention_blocks`.
+_NO_RING = (
+    "gives no log-sum-exp of a block and takes none in backward, which a ring over devices needs "
+    "(context method 'ulysses' runs it as it is)"
+)
+
+
 def _why_not_cudnn(
-    target: Target, *, dtype, head_dim: int, packed: bool, seq_len: int, lse: bool = False, **_
+    target: Target,
+    *,
+    dtype,
+    head_dim: int,
+    packed: bool,
+    seq_len: int,
+    lse: bool = False,
+    ring: bool = False,
+    **_,
 ) -> str | None:
+    if ring:
+        return _NO_RING
     if target.backend != "gpu":
         return f"needs an NVIDIA GPU, and this program is for {target.backend}"
     if target.capability < 80:
@@ -133,8 +150,17 @@ def _why_not_triton(target: Target, *, dtype, head_dim: int, **_) -> str | None:
 
 
 def _why_not_tokamax(
-    target: Target, *, dtype, head_dim: int, packed: bool, lse: bool = False, **_
+    target: Target,
+    *,
+    dtype,
+    head_dim: int,
+    packed: bool,
+    lse: bool = False,
+    ring: bool = False,
+    **_,
 ) -> str | None:
+    if ring:
+        return _NO_RING
     if target.backend != "gpu":
         return f"needs an NVIDIA GPU, and this program is for {target.backend}"
     if lse:

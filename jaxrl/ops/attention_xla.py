@@ -36,35 +36,57 @@ def blocked_attention(
     """
     T = q.shape[1]
     block = min(block, T)
-    pad = -T % block
-    bounds = _key_bounds(q.shape[:2], segment_ids, causal=causal, pad=pad)
-    if pad:
-        # Padded keys are no query's; padded queries' results are cut off.
-        q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
+    documents = None if segment_ids is None else document_bounds(segment_ids)
+    bounds = key_bounds(q.shape[:2], documents, causal=causal, block=block)
+    q, k, v = (pad_tokens(a, block) for a in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     attend: Any = _attention
     out, lse = attend(q, k, v, bounds, block, scale)
-    out, lse = (out[:, :T], lse[:, :, :T]) if pad else (out, lse)
+    out, lse = out[:, :T], lse[:, :, :T]
     return (out, lse) if return_lse else out
 
 
-def _key_bounds(shape, segment_ids, *, causal: bool, pad: int):
-    """(starts, stops) int [B, T + pad]: keys each query sees; None for [0, itself]."""
-    if segment_ids is None and causal:
+def key_bounds(shape, documents, *, causal: bool, block: int):
+    """(starts, stops) int [B, T], padded to whole blocks: keys each query sees; None for [0,
+    itself]. documents: (starts, ends) of what a query may see without the causal mask; default all.
+    """
+    if documents is None and causal:
         return None
     B, T = shape
     position = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    if segment_ids is None:
-        starts, ends = jnp.zeros_like(position), jnp.full_like(position, T)
-    else:
-        starts, ends = document_bounds(segment_ids)
+    starts, ends = documents or (jnp.zeros_like(position), jnp.full_like(position, T))
     stops = position + 1 if causal else ends
-    return tuple(jnp.pad(a, ((0, 0), (0, pad)), mode="edge") for a in (starts, stops))
+    return tuple(jnp.pad(a, ((0, 0), (0, -T % block)), mode="edge") for a in (starts, stops))
+
+
+def pad_tokens(x: Array, block: int, axis: int = 1) -> Array:
+    """x with zeros up to whole blocks. Padded keys are no query's; padded queries' results are to
+    be cut off, and give no gradient as long as their dout and delta are 0.
+    """
+    pad = -x.shape[axis] % block
+    return jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)]) if pad else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(q, k, v, bounds, block, scale) -> Any:
-    return _forward(q, k, v, bounds, block, scale)[0]
+    return forward(q, k, v, bounds, block, scale, q.dtype)
+
+
+def _attention_forward(q, k, v, bounds, block, scale):
+    out, lse = forward(q, k, v, bounds, block, scale, q.dtype)
+    return (out, lse), (q, k, v, bounds, out, lse)
+
+
+def _attention_backward(block, scale, residuals, cotangents):
+    q, k, v, bounds, out, lse = residuals
+    dout, dlse = cotangents
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    # d lse / d score is the probability, as in the softmax's own gradient: it joins delta.
+    delta = jnp.swapaxes(delta, 1, 2) - dlse  # [B, T, N] -> [B, N, T]
+    return *backward(q, k, v, bounds, dout, lse, delta, block, scale, q.dtype), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _blocks(x, block, groups=1):
@@ -120,7 +142,12 @@ def _visible(num_rows, i, j, bounds, block):
     return ((keys >= starts) & (keys < stops))[:, None]
 
 
-def _forward(q, k, v, bounds, block, scale):
+def forward(q, k, v, bounds, block, scale, dtype) -> tuple[Array, Array]:
+    """(out in `dtype` [B, T, N, H], lse [B, N, T]); T is a multiple of block.
+
+    bounds: as `key_bounds` gives them. A query that sees no key has an lse of -1e30 or less, and
+    anything for its out.
+    """
     groups = q.shape[2] // k.shape[2]
     qs, ks, vs = _blocks(q, block, groups), _blocks(k, block), _blocks(v, block)
 
@@ -146,22 +173,18 @@ def _forward(q, k, v, bounds, block, scale):
             jnp.zeros(qi.shape, jnp.float32),
         )
         top, total, out = jax.lax.fori_loop(*_key_blocks(bounds, block, i), column, start)
-        return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+        return (out / total[..., None]).astype(dtype), top + jnp.log(total)
 
     out, lse = jax.lax.map(row, jnp.arange(qs.shape[0]))
-    out, lse = _unblock(out, groups), _unrow(lse, groups)
-    return (out, lse), (q, k, v, bounds, out, lse)
+    return _unblock(out, groups), _unrow(lse, groups)
 
 
-def _backward(block, scale, residuals, cotangents):
-    q, k, v, bounds, out, lse = residuals
-    dout, dlse = cotangents
+def backward(q, k, v, bounds, dout, lse, delta, block, scale, dtype) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv) in `dtype`, given lse and delta = sum(dout * out), fp32 [B, N, T]."""
     groups = q.shape[2] // k.shape[2]
     qs, ks, vs = _blocks(q, block, groups), _blocks(k, block), _blocks(v, block)
-    dos, outs = _blocks(dout, block, groups), _blocks(out, block, groups)
-    delta = jnp.sum(dos.astype(jnp.float32) * outs.astype(jnp.float32), axis=-1)
-    # d lse / d score is the probability, as in the softmax's own gradient: it joins delta.
-    lse, delta = _rows(lse, block, groups), delta - _rows(dlse, block, groups)
+    dos = _blocks(dout, block, groups)
+    lse, delta = _rows(lse, block, groups), _rows(delta, block, groups)
     # Scores are keys by queries here: so no product contracts the first dimension of both sides,
     # which XLA's CPU matmul does at half speed. dq is carried transposed, [B, K, H, G*block].
     kts = jnp.swapaxes(ks, -1, -2)
@@ -189,12 +212,8 @@ def _backward(block, scale, residuals, cotangents):
             column,
             (jnp.zeros((B, K, H, R), jnp.float32), *carry),
         )
-        return (dk, dv), jnp.swapaxes(dqt, -1, -2).astype(q.dtype)
+        return (dk, dv), jnp.swapaxes(dqt, -1, -2).astype(dtype)
 
     zeros = jnp.zeros(ks.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(row, (zeros, zeros), jnp.arange(qs.shape[0]))
-    dk, dv = _unblock(dk, 1).astype(k.dtype), _unblock(dv, 1).astype(v.dtype)
-    return _unblock(dq, groups), dk, dv, None
-
-
-_attention.defvjp(_forward, _backward)
+    return _unblock(dq, groups), _unblock(dk, 1).astype(dtype), _unblock(dv, 1).astype(dtype)

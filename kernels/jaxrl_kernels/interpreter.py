@@ -6,6 +6,7 @@ Private Triton API is used here only.
 
 import contextlib
 import functools
+import threading
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -32,7 +33,7 @@ def interpret(
         arrays = [np.array(a) for a in arrays]
         results = [np.full(s.shape, _poison(s.dtype), s.dtype) for s in out]
         pointers = [_Buffer(a) for a in (*arrays, *results)]
-        with _interpreting():
+        with _ONE_AT_A_TIME, _interpreting():
             _interpreted(kernel.fn).run(*pointers, grid=grid, warmup=False, **static)
         return results
 
@@ -47,6 +48,8 @@ def count_products(function, *args, **kwargs) -> tuple[Any, int]:
 
 
 _products = 0
+# The interpreter's state is global, and several devices may call it at once.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def _poison(dtype) -> float | int:

@@ -19,8 +19,9 @@ MAX_HEAD_DIM = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
-    """What a call is compiled for. `gpu`: a name in the tiles' file, or None."""
+class Static:
+    """What a call is compiled for. `packed`: with starts and ends. `gpu`: a name in the tiles'
+    file, or None."""
 
     scale: float
     causal: bool
@@ -58,7 +59,7 @@ def flash_attention(
         starts, ends = document_bounds(segment_ids)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     attend: Any = _attention
-    static = _Static(scale, causal, segment_ids is not None, gpu, capability)
+    static = Static(scale, causal, segment_ids is not None, gpu, capability)
     out, lse = attend(static, q, k, v, starts, ends)
     return (out, lse) if return_lse else out
 
@@ -84,7 +85,7 @@ def _check(q, k, v, segment_ids, scale) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q, k, v, starts, ends) -> tuple[Array, Array]:
+def _attention(static: Static, q, k, v, starts, ends) -> tuple[Array, Array]:
     return forward(static, q, k, v, starts, ends)
 
 
@@ -107,8 +108,14 @@ def _attention_backward(static, residuals, cotangents):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def forward(static: _Static, q, k, v, starts, ends) -> tuple[Array, Array]:
-    """(out [B, T, N, H], lse [B, N, T])."""
+# The three kernels one by one. What queries see is not bound to be documents: starts and ends,
+# int32 [B, T], are per query the range of its keys (forward, dq), per key the range of its queries
+# (dkv), within the causal mask if there is one. They must not fall along T. A query with an empty
+# range gets lse -inf and an out that is not a number. `dtype`: of the results, default q's.
+
+
+def forward(static: Static, q, k, v, starts, ends, dtype=None) -> tuple[Array, Array]:
+    """(out [B, T, N, H], lse fp32 [B, N, T])."""
     from jaxrl_kernels.flash_attention.kernels import forward_kernel
 
     B, T, N, _ = q.shape
@@ -118,7 +125,7 @@ def forward(static: _Static, q, k, v, starts, ends) -> tuple[Array, Array]:
         forward_kernel,
         *(q, k, v, *bounds),
         out=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape, dtype or q.dtype),
             jax.ShapeDtypeStruct((B, N, T), jnp.float32),
         ],
         grid=(math.ceil(T / tile.block_q), N, B),
@@ -129,7 +136,7 @@ def forward(static: _Static, q, k, v, starts, ends) -> tuple[Array, Array]:
     return out, lse
 
 
-def backward_dq(static: _Static, q, k, v, starts, ends, dout, lse, delta) -> Array:
+def backward_dq(static: Static, q, k, v, starts, ends, dout, lse, delta, dtype=None) -> Array:
     """dq, given the log-sum-exp and delta = sum(dout * out), fp32 [B, N, T]."""
     from jaxrl_kernels.flash_attention.kernels import dq_kernel
 
@@ -138,7 +145,7 @@ def backward_dq(static: _Static, q, k, v, starts, ends, dout, lse, delta) -> Arr
     (dq,) = launch(
         dq_kernel,
         *(q, k, v, dout.astype(q.dtype), lse, delta, *_bounds(static, starts, ends)),
-        out=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        out=[jax.ShapeDtypeStruct(q.shape, dtype or q.dtype)],
         grid=(math.ceil(T / tile.block_q), N, B),
         name="jaxrl_flash_attention_dq",
         **_cost(static, "dq", q, k),
@@ -147,7 +154,9 @@ def backward_dq(static: _Static, q, k, v, starts, ends, dout, lse, delta) -> Arr
     return dq
 
 
-def backward_dkv(static: _Static, q, k, v, starts, ends, dout, lse, delta) -> tuple[Array, Array]:
+def backward_dkv(
+    static: Static, q, k, v, starts, ends, dout, lse, delta, dtype=None
+) -> tuple[Array, Array]:
     """(dk, dv), as `backward_dq`."""
     from jaxrl_kernels.flash_attention.kernels import dkv_kernel
 
@@ -156,7 +165,7 @@ def backward_dkv(static: _Static, q, k, v, starts, ends, dout, lse, delta) -> tu
     dk, dv = launch(
         dkv_kernel,
         *(q, k, v, dout.astype(q.dtype), lse, delta, *_bounds(static, starts, ends)),
-        out=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
+        out=[jax.ShapeDtypeStruct(k.shape, dtype or k.dtype)] * 2,
         grid=(math.ceil(T / tile.block_k), K, B),
         name="jaxrl_flash_attention_dkv",
         **_cost(static, "dkv", q, k),
@@ -165,17 +174,17 @@ def backward_dkv(static: _Static, q, k, v, starts, ends, dout, lse, delta) -> tu
     return dk, dv
 
 
-def _tile(which: str, static: _Static, q) -> tiles.Tile:
+def _tile(which: str, static: Static, q) -> tiles.Tile:
     _, T, N, H = q.shape
     return tiles.attention(which, static.gpu, static.capability, q.dtype, H, T, N)
 
 
-def _bounds(static: _Static, starts, ends):
+def _bounds(static: Static, starts, ends):
     # Unpacked calls read no bounds; the kernel's arguments are filled with a single number.
     return (starts, ends) if static.packed else (jnp.zeros(1, jnp.int32),) * 2
 
 
-def _cost(static: _Static, which: str, q, k) -> dict[str, int]:
+def _cost(static: Static, which: str, q, k) -> dict[str, int]:
     """FLOPs and bytes of a row that is one document: the most a call can take."""
     (B, T, N, H), K = q.shape, k.shape[2]
     return {
@@ -184,7 +193,7 @@ def _cost(static: _Static, which: str, q, k) -> dict[str, int]:
     }
 
 
-def _shared(static: _Static, q, k, tile: tiles.Tile) -> dict:
+def _shared(static: Static, q, k, tile: tiles.Tile) -> dict:
     _, T, N, H = q.shape
     return {
         "capability": static.capability,
