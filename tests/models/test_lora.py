@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import TINY
+from tiny import TINY, TINY_GLM, TINY_MOE
 
 from jaxrl.models.lora import TARGETS, LoraConfig, add_lora
 from jaxrl.models.params import nest, specs
@@ -19,8 +19,8 @@ ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 MODEL = dataclasses.replace(TINY, num_layers=2)
 
 
-def abstract(**lora):
-    return add_lora(Transformer(MODEL), LoraConfig(**lora)) if lora else Transformer(MODEL)
+def abstract(config=MODEL, **lora):
+    return add_lora(Transformer(config), LoraConfig(**lora)) if lora else Transformer(config)
 
 
 def filled(model, *, b: float = 0.0):
@@ -28,7 +28,9 @@ def filled(model, *, b: float = 0.0):
 
     def value(path, spec):
         rng = np.random.default_rng(list(".".join(path).encode()))
-        scale = b if path[-1] == "lora_b" else 0.1
+        # Different tokens choose different experts.
+        router = {"kernel": 0.5, "bias": 0.01}.get(path[-1]) if "router" in path else None
+        scale = b if path[-1] == "lora_b" else router or 0.1
         return jnp.asarray(scale * rng.standard_normal(spec.shape), jnp.float32)
 
     values = {p: value(p, s) for p, s in specs(model).items()}
@@ -79,18 +81,103 @@ def test_b_of_zero_leaves_the_output_alone():
     assert np.max(np.abs(logits(filled(abstract(rank=4), b=0.1)[0]) - plain)) > 1e-3
 
 
-@pytest.mark.parametrize("lora", [{"rank": 4}, {"rank": 2, "alpha": 6.0, "targets": ("v", "up")}])
-def test_adapters_equal_their_sum_with_the_weight(lora):
-    """y = x (W + alpha / R A B)."""
-    model, values = filled(abstract(**lora), b=0.1)
+def merge(values, scale: float):
+    """The parameters of the base model with W + scale A B for each W that has adapters."""
     merged = dict(values)
     for path in [p for p in values if p[-1] == "lora_a"]:
         kernel, b = (*path[:-1], "kernel"), merged.pop((*path[:-1], "lora_b"))
-        scale = lora.get("alpha", 32.0) / lora["rank"]
         merged[kernel] = merged[kernel] + scale * merged.pop(path) @ b
-    plain = nnx.merge(nnx.graphdef(abstract()), nest(merged))
+    return merged
+
+
+SOME = {"rank": 2, "alpha": 6.0, "targets": ("v", "up")}
+
+
+@pytest.mark.parametrize(
+    ("config", "lora"),
+    [(MODEL, {"rank": 4}), (MODEL, SOME), (TINY_MOE, SOME), (TINY_GLM, {"rank": 4})],
+)
+def test_adapters_equal_their_sum_with_the_weight(config, lora):
+    """y = x (W + alpha / R A B)."""
+    model, values = filled(abstract(config, **lora), b=0.1)
+    merged = merge(values, lora.get("alpha", 32.0) / lora["rank"])
+    plain = nnx.merge(nnx.graphdef(abstract(config)), nest(merged))
     expected = logits(plain)
+    assert np.max(np.abs(logits(filled(abstract(config))[0]) - expected)) > 1e-2
     np.testing.assert_allclose(logits(model), expected, atol=1e-5 * np.max(np.abs(expected)))
+
+
+def test_every_expert_has_adapters_of_its_own():
+    """So have shared experts and the dense first layer; the router has none."""
+    model = abstract(TINY_GLM, rank=4)
+    adapters = specs(model, nnx.LoRAParam)
+    D, F, E, R, dense, sparse = 64, 32, 8, 4, 1, 2
+    assert {p[1:]: s.shape for p, s in adapters.items() if p[0] == "layers" and "mlp" in p} == {
+        ("mlp", "experts", "gate", "lora_a"): (sparse, E, D, R),
+        ("mlp", "experts", "gate", "lora_b"): (sparse, E, R, F),
+        ("mlp", "experts", "up", "lora_a"): (sparse, E, D, R),
+        ("mlp", "experts", "up", "lora_b"): (sparse, E, R, F),
+        ("mlp", "experts", "down", "lora_a"): (sparse, E, F, R),
+        ("mlp", "experts", "down", "lora_b"): (sparse, E, R, D),
+        ("mlp", "shared", "gate", "lora_a"): (sparse, D, R),
+        ("mlp", "shared", "gate", "lora_b"): (sparse, R, F),
+        ("mlp", "shared", "up", "lora_a"): (sparse, D, R),
+        ("mlp", "shared", "up", "lora_b"): (sparse, R, F),
+        ("mlp", "shared", "down", "lora_a"): (sparse, F, R),
+        ("mlp", "shared", "down", "lora_b"): (sparse, R, D),
+    }
+    assert adapters["dense_layers", "mlp", "up", "lora_a"].shape == (dense, D, R)
+    assert adapters["dense_layers", "mlp", "up", "lora_b"].shape == (dense, R, 96)
+    assert adapters["dense_layers", "attention", "o", "lora_b"].shape == (dense, R, D)
+    assert adapters["layers", "attention", "o", "lora_b"].shape == (sparse, R, D)
+    # Experts' adapters lie where the experts do.
+    assert all(s.axes[1] == "experts" for p, s in adapters.items() if "experts" in p)
+    assert not any("router" in path for path in adapters)
+
+
+def test_an_experts_b_of_zero_leaves_the_output_alone():
+    plain = logits(filled(abstract(TINY_GLM))[0])
+    with_lora = logits(filled(abstract(TINY_GLM, rank=4))[0])
+    np.testing.assert_allclose(with_lora, plain, atol=1e-6 * np.max(np.abs(plain)))
+
+
+def test_each_adapters_gradient_is_that_of_its_weight_times_the_other():
+    """dA = scale dW B^T and dB = scale A^T dW, where dW is the merged model's; nothing else of the
+    expert layers gets any."""
+    scale = 32.0 / 4
+    model, values = filled(abstract(TINY_GLM, rank=4), b=0.1)
+    plain = nnx.graphdef(abstract(TINY_GLM))
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 128, (2, 16)))
+
+    def gradient(graphdef, values):
+        def loss(values):
+            return jnp.mean(nnx.merge(graphdef, nest(values))(tokens) ** 2)
+
+        return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(values))
+
+    of_adapters, of_merged = (
+        gradient(nnx.graphdef(model), values),
+        gradient(plain, merge(values, scale)),
+    )
+    values, compared = jax.tree.map(np.asarray, values), 0
+    for path in [p for p in values if p[-1] == "lora_a"]:
+        b, dw = (*path[:-1], "lora_b"), of_merged[*path[:-1], "kernel"]
+        expected = (
+            (path, scale * dw @ values[b].swapaxes(-1, -2)),
+            (b, scale * values[path].swapaxes(-1, -2) @ dw),
+        )
+        for adapter, expected_grad in expected:
+            largest = np.max(np.abs(expected_grad))
+            np.testing.assert_allclose(of_adapters[adapter], expected_grad, atol=2e-5 * largest)
+            if "experts" in path:  # more of them learn than a token is sent to
+                learned = np.max(np.abs(expected_grad), axis=(0, 2, 3)) > 0
+                assert np.sum(learned) > TINY_GLM.num_experts_per_tok
+            compared += 1
+    assert compared == 2 * (7 + 4 + 3 + 3)
+    for path, g in of_adapters.items():
+        if "mlp" in path and path[-1] in ("kernel", "bias") and "router" not in path:
+            assert not np.any(g), path
+    assert not np.any(of_adapters["layers", "mlp", "router", "bias"])
 
 
 @pytest.mark.parametrize("rank", [0, -1])
