@@ -28,6 +28,10 @@ class OutputError(RuntimeError):
     """Results cannot be written: one line that names the path and the way out."""
 
 
+class HostLostError(RuntimeError):
+    """Another process that this one works with has gone: one line that names it."""
+
+
 def parse[T](cls: type[T], argv: Sequence[str], usage: str) -> T:
     """The options `cls` that the command line `argv` (program name first) asks for.
 
@@ -87,6 +91,8 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         code = main(sys.argv)
     except (ConfigError, OutputError) as error:
         code = _fail(f"error: {error}", BAD_INPUT)
+    except HostLostError as error:
+        code = _fail(f"error: {error}", 1)
     except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

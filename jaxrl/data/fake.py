@@ -17,20 +17,31 @@ def batch_shapes(kind: str, micro_batches: int, rows: int, seq_len: int) -> Batc
     return Batch(tokens=ints, loss_mask=ints, advantages=floats, sampler_logprobs=floats)
 
 
-def fake_batch(kind: str, micro_batches: int, rows: int, seq_len: int, seed: int = 0) -> Batch:
+def fake_batch(
+    kind: str,
+    micro_batches: int,
+    rows: int,
+    seq_len: int,
+    seed: int = 0,
+    only: slice = slice(None),
+) -> Batch:
     """What the published rows were fed, as numpy arrays [M, B, T].
 
     rl: ids uniform in [0, 100), advantages and sampler log-probs standard normal. sft: one
-    constant id per row. Every token is trained.
+    constant id per row. Every token is trained. `only` of the B rows are made; a row is the same
+    whichever others are made with it, so that each host can make its own.
     """
-    rng = np.random.default_rng(seed)
-    shape = (micro_batches, rows, seq_len)
-    mask: Any = np.ones(shape, np.int32)
-    tokens: Any
-    if kind == "sft":
-        tokens = np.broadcast_to(rng.integers(0, 100, (*shape[:2], 1), np.int32), shape).copy()
-        return Batch(tokens=tokens, loss_mask=mask)
-    tokens = rng.integers(0, 100, shape, np.int32)
-    advantages: Any = rng.standard_normal(shape, np.float32)
-    sampler: Any = rng.standard_normal(shape, np.float32)
+    made = [_row(kind, micro_batches, seq_len, (seed, row)) for row in range(rows)[only]]
+    arrays: list[Any] = [np.stack(pieces, axis=1) for pieces in zip(*made, strict=True)]
+    tokens, advantages, sampler = arrays if kind == "rl" else (*arrays, None, None)
+    mask: Any = np.ones(tokens.shape, np.int32)
     return Batch(tokens=tokens, loss_mask=mask, advantages=advantages, sampler_logprobs=sampler)
+
+
+def _row(kind: str, micro_batches: int, seq_len: int, seed: tuple[int, int]) -> tuple:
+    """One row of every micro-batch, arrays [M, T]: tokens, and for rl advantages and log-probs."""
+    rng, shape = np.random.default_rng(seed), (micro_batches, seq_len)
+    if kind == "sft":
+        return (np.broadcast_to(rng.integers(0, 100, (micro_batches, 1), np.int32), shape),)
+    tokens = rng.integers(0, 100, shape, np.int32)
+    return tokens, *(rng.standard_normal(shape, np.float32) for _ in range(2))

@@ -14,6 +14,7 @@ import jax
 from jaxrl.config import BenchConfig
 from jaxrl.data.fake import fake_batch
 from jaxrl.models.presets import preset
+from jaxrl.parallel.distributed import global_batch, in_order, is_reporter
 from jaxrl.perf import flops
 from jaxrl.perf.compile_only import memory
 from jaxrl.perf.hardware import GiB, gpu, measure_matmul_peak
@@ -30,6 +31,9 @@ def measure_row(row: Row, config: BenchConfig, progress: Progress) -> dict[str, 
 
     A row whose gpu is "CPU" is this host's proxy: fewer layers, `config.proxy`'s shape, and MFU
     against the matmul peak measured here, in the same process, just before.
+
+    Where several processes run the row together, process 0 has the numbers; the others have only
+    the peak memory of their own devices.
     """
     progress("compiling")
     proxy = row.gpu == CPU
@@ -37,6 +41,9 @@ def measure_row(row: Row, config: BenchConfig, progress: Progress) -> dict[str, 
     start = time.perf_counter()
     compiled = program.lower().compile()
     compile_s = time.perf_counter() - start
+    if not is_reporter():
+        _time_steps(program, compiled, row, config, progress)
+        return {"peak_mem_gib": _peak_memory(program) / GiB}
     text = compiled.as_text() or ""
     counted = count_flops(program, text)
     # A proxy's peak is measured before and after: a busy moment must not pass for the host's best.
@@ -75,10 +82,12 @@ def measure_row(row: Row, config: BenchConfig, progress: Progress) -> dict[str, 
 
 
 def _gpu_program(row: Row, config: BenchConfig) -> Program:
-    kinds = gpu(row.gpu).device_kinds
-    devices = [d for d in jax.devices() if d.device_kind in kinds]
-    if len(devices) < row.num_gpus:
-        raise ValueError(f"{row.hardware} asked for, and this host has {len(devices)} {row.gpu}")
+    kinds, hosts = gpu(row.gpu).device_kinds, jax.process_count()
+    devices = in_order(d for d in jax.devices() if d.device_kind in kinds)
+    # Over several hosts every GPU takes part, or a host would wait for a program it has no part of.
+    if len(devices) < row.num_gpus or (hosts > 1 and len(devices) > row.num_gpus):
+        where = f"these {hosts} hosts have" if hosts > 1 else "this host has"
+        raise ValueError(f"{row.hardware} asked for, and {where} {len(devices)} {row.gpu}")
     return program_for(row, config, devices[: row.num_gpus])
 
 
@@ -99,11 +108,10 @@ def _time_steps(
 ) -> list[float]:
     """Seconds of each timed step, the device synchronised before and after."""
     state = program.layout.initialize(jax.random.key(config.seed))
-    batch = jax.device_put(
-        fake_batch(
-            row.type, program.micro_batches, program.rows, program.seq_len, seed=config.seed
-        ),
-        jax.tree.map(lambda s: s.sharding, program.abstract_batch()),
+    shape = (program.micro_batches, program.rows, program.seq_len)
+    batch = global_batch(
+        program.abstract_batch(),
+        lambda rows: fake_batch(row.type, *shape, seed=config.seed, only=rows),
     )
     times = []
     with jax.transfer_guard("disallow"):
@@ -118,7 +126,7 @@ def _time_steps(
             progress("step", i + 1, config.steps, loss=loss, grad_norm=norm, step_s=times[-1])
         if config.profile:
             folder = pathlib.Path(config.output) / "profile" / row.slug
-            with _trace(folder):
+            with _trace(folder) if is_reporter() else contextlib.nullcontext():
                 for i in range(config.profile_steps):
                     progress("profiling", i + 1, config.profile_steps)
                     with jax.profiler.StepTraceAnnotation("train", step_num=i):
@@ -134,8 +142,8 @@ def _trace(folder: pathlib.Path):
 
 
 def _peak_memory(program: Program) -> int:
-    """Peak bytes in use, the most over devices; on CPU the peak resident size of this process."""
-    stats = [d.memory_stats() for d in program.layout.mesh.devices.flat]
+    """Peak bytes in use, the most over this process's devices; on CPU its peak resident size."""
+    stats = [d.memory_stats() for d in program.layout.mesh.local_devices]
     if all(s is None for s in stats):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return max(s["peak_bytes_in_use"] for s in stats if s)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jaxrl
 from jaxrl.config import BenchConfig
+from jaxrl.parallel import distributed
 from jaxrl.perf.runner import Job
 
 PACKAGES = (
@@ -31,7 +32,10 @@ PACKAGES = (
     "tokamax",
 )
 # Options that say where results go or which rows run, not what a row's numbers are.
-_NOT_SETTINGS = ("table", "rows", "mode", "output", "resume", "baseline", "jobs", "time_limit_s")
+_NOT_SETTINGS = (
+    *("table", "rows", "mode", "output", "resume", "baseline", "jobs", "time_limit_s"),
+    "join_timeout_s",
+)
 _ONLY_MEASURED = ("warmup_steps", "steps", "profile", "profile_steps", "seed")
 
 
@@ -50,7 +54,7 @@ def versions() -> dict[str, str]:
 def flags() -> dict[str, str]:
     """Environment variables that change what JAX and XLA do; those the runner sets aside."""
     names = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "NVIDIA_TF32_OVERRIDE")
-    ours = ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+    ours = ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", *distributed.VARIABLES)
     known = sorted(os.environ.items())
     return {k: v for k, v in known if k in names or (k.startswith("JAX_") and k not in ours)}
 
@@ -96,8 +100,11 @@ def host_device() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores, {pages / 2**30:.0f} GiB"
 
 
-def fingerprint(job: Job, config: BenchConfig) -> str:
-    """Equal for two runs that would give the same numbers: row, mode, settings, code, versions."""
+def fingerprint(job: Job, config: BenchConfig, hosts: int = 1) -> str:
+    """Equal for two runs that would give the same numbers: row, mode, settings, code, versions.
+
+    hosts: how many run the row together.
+    """
     settings: dict[str, Any] = dataclasses.asdict(config)
     skip = _NOT_SETTINGS + (_ONLY_MEASURED if job.mode == "planned" else ())
     settings = {k: v for k, v in settings.items() if k not in skip and k != "tensorboard"}
@@ -105,6 +112,7 @@ def fingerprint(job: Job, config: BenchConfig) -> str:
         settings.pop("proxy")
     host = None if job.mode == "planned" else host_device()
     parts = [job.row.key, job.mode, settings, versions(), flags(), source_hash(), host]
+    parts += [hosts] if hosts > 1 else []
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -13,10 +13,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxrl.config import BenchConfig
+from jaxrl.parallel.distributed import Processes
 from jaxrl.perf.rows import Row
 
 WORKER = (sys.executable, "-m", "jaxrl.perf.worker")
@@ -76,30 +77,32 @@ def run_jobs(
     parallel: int,
     logs: pathlib.Path,
     worker_command: Sequence[str] = WORKER,
+    start: "Callable[..., Worker] | None" = None,
 ) -> Generator[Event]:
     """Run `jobs` in order, at most `parallel` planned ones at once; one `Finished` for each.
 
     Each worker's output goes to a file in `logs`, removed if empty. Closing the iterator, or an
-    exception in it (Ctrl-C), kills the workers that run.
+    exception in it (Ctrl-C), kills the workers that run. `start` makes a worker, with `Worker`'s
+    arguments, where rows need more than a process here.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = list(jobs)
-    running: list[_Worker] = []
+    running: list[Worker] = []
     with selectors.DefaultSelector() as selector:
         try:
             while waiting or running:
                 while waiting and _may_start(waiting[0], running, parallel):
-                    worker = _Worker(waiting.pop(0), config, logs, worker_command)
+                    worker = (start or Worker)(waiting.pop(0), config, logs, worker_command)
                     running.append(worker)
-                    selector.register(worker.channel, selectors.EVENT_READ, worker)
                     yield Started(worker.job)
+                watch(selector, running)
                 ready = selector.select(TICK_S)
                 for key, _ in ready:
                     yield from key.data.read()
                 for worker in list(running):
                     if finished := worker.finished(config.time_limit_s):
                         running.remove(worker)
-                        selector.unregister(worker.channel)
+                        watch(selector, running)
                         worker.close()
                         yield finished
                 if not ready:
@@ -109,18 +112,44 @@ def run_jobs(
                 worker.close()
 
 
-def _may_start(job: Job, running: Sequence["_Worker"], parallel: int) -> bool:
+def watch(
+    selector: selectors.BaseSelector, workers: Sequence["Worker"], *others: tuple[int, Any]
+) -> None:
+    """Let `selector` look at what `workers` can be read from, and `others`, and nothing else.
+
+    Call it before the file descriptors of a worker that has left are closed.
+    """
+    wanted = dict(others) | {fd: worker for worker in workers for fd in worker.sources()}
+    for key in list(selector.get_map().values()):
+        if key.fd not in wanted:
+            selector.unregister(key.fd)
+    for fd in wanted.keys() - {key.fd for key in selector.get_map().values()}:
+        selector.register(fd, selectors.EVENT_READ, wanted[fd])
+
+
+def _may_start(job: Job, running: Sequence["Worker"], parallel: int) -> bool:
     if job.mode == "planned":
         return len(running) < parallel and all(w.job.mode == "planned" for w in running)
     return not running
 
 
-class _Worker:
-    """A worker process, the pipe it reports through, and what it has said so far."""
+class Worker:
+    """A worker process, the pipe it reports through, and what it has said so far.
 
-    def __init__(self, job: Job, config: BenchConfig, logs: pathlib.Path, command: Sequence[str]):
+    With `processes`, it is one of several that run the row together.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        config: BenchConfig,
+        logs: pathlib.Path,
+        command: Sequence[str],
+        processes: Processes | None = None,
+    ):
         self.job, self.start = job, time.monotonic()
-        self.log = logs / f"{job.name}.log"
+        other = f".process{processes.index}" if processes and processes.index else ""
+        self.log = logs / f"{job.name}{other}.log"
         self.channel, write_end = os.pipe()
         os.set_blocking(self.channel, False)
         self.buffer, self.closed = b"", False
@@ -142,12 +171,16 @@ class _Worker:
             raise
         finally:
             os.close(write_end)
-        request = {"mode": job.mode, "row": job.row, "config": config}
+        request = {"mode": job.mode, "row": job.row, "config": config, "processes": processes}
         line = json.dumps(request, default=dataclasses.asdict).encode() + b"\n"
         with contextlib.suppress(BrokenPipeError):  # it died at once; `finished` says why
             assert self.process.stdin
             self.process.stdin.write(line)
             self.process.stdin.flush()
+
+    def sources(self) -> list[int]:
+        """File descriptors that `read` reads, while there is something to come."""
+        return [] if self.closed else [self.channel]
 
     def read(self) -> Iterator[Progress]:
         """Take in what the worker has written."""

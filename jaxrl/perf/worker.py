@@ -1,8 +1,9 @@
 """One row in a process of its own: a kernel that aborts, or runs out of memory, takes only this.
 
-`python -m jaxrl.perf.worker FD` reads one JSON line from stdin (mode, row, config), writes JSON
-lines to file descriptor FD (progress, then one result or error), and leaves stdout and stderr,
-where JAX prints, to the row's log file. It ends when its stdin closes, that is with its parent.
+`python -m jaxrl.perf.worker FD` reads one JSON line from stdin (mode, row, config, and the
+processes where several run the row together), writes JSON lines to file descriptor FD (progress,
+then one result or error), and leaves stdout and stderr, where JAX prints, to the row's log file.
+It ends when its stdin closes, that is with its parent.
 """
 
 import contextlib
@@ -15,9 +16,11 @@ from typing import Any
 
 from jaxrl.config import BenchConfig
 from jaxrl.options import from_config
+from jaxrl.parallel import distributed
 from jaxrl.perf.rows import Row
 
 MAX_ERROR = 300
+JOIN_S = 300  # for the other processes of a row; their workers start within a second of this one
 
 
 def one_line(error: BaseException) -> str:
@@ -52,8 +55,13 @@ def main() -> None:
 
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    together = request.get("processes")
     try:
         config = from_config(BenchConfig, request["config"])
+        if together:
+            progress("joining")
+            timeout_s = min(JOIN_S, config.time_limit_s)
+            distributed.initialize(distributed.Processes(**together), timeout_s=timeout_s)
         last = {"result": run_row(request["mode"], Row(**request["row"]), config, progress)}
     except Exception as error:
         last = {"error": one_line(error)}
@@ -63,6 +71,8 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     send(**last)  # the parent may end this process from here on
+    if together:  # the others would die with this one: the parent ends all when all have finished
+        threading.Event().wait()
     os._exit(0)  # do not wait for JAX's threads
 
 
