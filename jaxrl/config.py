@@ -122,6 +122,9 @@ class StepConfig:
     experts_chunk: int = option(0, "Tokens per chunk of expert layers; 0 is automatic.")
     grouped_matmul: str = option("auto", "Implementation of the experts' products.")
     router_bias_rate: float = option(0.0, "Step of the router bias towards an even load.")
+    context_method: Literal["ring", "ulysses"] = option(
+        "ulysses", "How attention works over the context axis."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,7 @@ def plan_row(row: Row, config: BenchConfig) -> dict[str, Any]:
         )
     return {
         "attn_compiled": attention,
+        **({"experts_compiled": compiled_experts(text, program)} if program.has_experts else {}),
         "peak_mem_gib": peak,
         "floor_mem_gib": floor_bytes(program) / GiB,
         "host_mem_gib": memory.host_gib,
@@ -162,9 +163,25 @@ def _kernel_flops(call: hlo.CallSite, program: Program, docs: Sequence[int]) -> 
         forward = _attention_flops(program, rows, "forward", whole)
         products = tokamax_kernels.BACKWARD_PRODUCTS / tokamax_kernels.BACKWARD_CALLS
         return forward * products / flops.ATTENTION_PRODUCTS["forward"]
+    if "/attend/" not in call.op_name and (product := _grouped_flops(call)):
+        return product / program.layout.mesh.shape["expert"]
     if call.target.startswith(("mosaic_gpu", "triton_kernel_call")):
         raise RuntimeError(f"a kernel that declares no FLOPs is not counted: {call.op_name}")
     return 0
+
+
+def _grouped_flops(call: hlo.CallSite) -> int:
+    """FLOPs of tokamax's grouped products, which declare none: rows [M, K] times weights [E, K, N]
+    in either order of K and N, or with rows [M, N], for the weights' gradient; 0 for what is no
+    such call."""
+    if not call.target.startswith(("mosaic_gpu", "triton_kernel_call")) or len(call.operands) < 3:
+        return 0
+    (_, rows), (_, other), (dtype, _) = call.operands[:3]
+    if len(rows) != 2 or dtype != "s32":  # the groups' sizes
+        return 0
+    if len(other) == 3 and rows[1] in other[1:]:
+        return 2 * rows[0] * other[1] * other[2]
+    return 2 * rows[0] * rows[1] * other[1] if len(other) == 2 and other[0] == rows[0] else 0
 
 
 def _attention_flops(program: Program, rows: int, which: str, docs: Sequence[int]) -> int:
@@ -186,4 +203,21 @@ def compiled_attention(text: str, program: Program) -> str:
     found = [name for name, call in _CALLS.items() if re.search(call, text)] or ["xla"]
     if found != [asked]:
         raise RuntimeError(f"attention {asked} was asked for, {' and '.join(found)} was compiled")
+    return asked
+
+
+_EXPERT_CALLS = {
+    "triton": r'custom_call_target="triton_kernel_call_ffi".*jaxrl_grouped',
+    "tokamax": r'custom_call_target="mosaic_gpu_v2".*/ragged_dot_'
+    r'|custom_call_target="triton_kernel_call_ffi"(?!.*jaxrl_).*/mlp/',
+}
+
+
+def compiled_experts(text: str, program: Program) -> str:
+    """The grouped products that the compiled program really calls. Raises RuntimeError if not as
+    asked."""
+    asked = program.step.grouped_matmul().name
+    found = [name for name, call in _EXPERT_CALLS.items() if re.search(call, text)] or ["xla"]
+    if found != [asked]:
+        raise RuntimeError(f"grouped_matmul {asked} was asked for, {' and '.join(found)} compiled")
     return asked

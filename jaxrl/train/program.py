@@ -18,6 +18,7 @@ from jaxrl.models.moe import ExpertOps
 from jaxrl.models.params import nest, specs
 from jaxrl.models.transformer import Transformer, merge_trees
 from jaxrl.ops.grouped_matmul import composed
+from jaxrl.parallel.context import check_context
 from jaxrl.train.optimizer import make_optimizer
 from jaxrl.train.state import StateLayout, TrainState
 from jaxrl.train.step import BATCH_SPEC, Batch, TrainStep
@@ -35,6 +36,10 @@ class Program:
     @property
     def layout(self) -> StateLayout:
         return self.step.layout
+
+    @property
+    def has_experts(self) -> bool:
+        return self.layout.model.config.num_experts > 0
 
     @property
     def rows_per_device(self) -> int:
@@ -79,6 +84,13 @@ def build_program(
         add_lora(decoder, LoraConfig(lora_rank, lora.alpha, lora.targets))
     layout = StateLayout(
         decoder, make_optimizer(optimizer), mesh, frozen_dtype=jnp.dtype(step.compute_dtype)
+    )
+    check_context(
+        step.context_method,
+        size=mesh.shape["context"],
+        seq_len=seq_len,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
     )
     rows = rows_per_device * mesh.shape["fsdp"] * mesh.shape["expert"]
     return Program(TrainStep(layout, step), micro_batches, rows, seq_len)

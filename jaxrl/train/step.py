@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -21,13 +22,15 @@ from jaxrl.models.attention import LayerContext
 from jaxrl.models.layers import rope_tables
 from jaxrl.models.moe import ExpertOps
 from jaxrl.models.transformer import merge_trees
-from jaxrl.ops.attention import Attend, resolve_attention
+from jaxrl.ops.attention import Attend
 from jaxrl.ops.grouped_matmul import GroupedOps, resolve_grouped_matmul
 from jaxrl.ops.linear import cast_params
 from jaxrl.ops.logprob import token_logprob
 from jaxrl.ops.registry import Target
 from jaxrl.ops.tokenwise import pull_back, tokenwise
 from jaxrl.parallel import vocab
+from jaxrl.parallel.context import AXIS as CONTEXT
+from jaxrl.parallel.context import context_attention, sequence_order
 from jaxrl.parallel.expert import make_exchange
 from jaxrl.parallel.sharding import EVERYWHERE, gather, reduce_gradient, sharded_dim
 from jaxrl.train.backprop import LayerStack
@@ -76,9 +79,13 @@ def _predictions(batch: Batch) -> _Predictions:
         return jnp.pad(a[..., 1:], [(0, 0)] * (a.ndim - 1) + [(0, 1)])
 
     mask = following(batch.loss_mask).astype(bool)
-    if batch.segment_ids is not None:  # a document's first token follows nothing
-        same = batch.segment_ids[..., 1:] == batch.segment_ids[..., :-1]
-        mask = mask & jnp.pad(same, [(0, 0)] * (same.ndim - 1) + [(0, 1)])
+    segment_ids = batch.segment_ids
+    if segment_ids is not None:  # a document's first token follows nothing
+        new = segment_ids[..., 1:] != segment_ids[..., :-1]
+        pad = [(0, 0)] * (new.ndim - 1)
+        mask = mask & jnp.pad(~new, [*pad, (0, 1)])
+        # Numbered anew, so that no two documents of a row share an id, in whatever order they lie.
+        segment_ids = jnp.cumsum(jnp.pad(new, [*pad, (1, 0)]), axis=-1, dtype=jnp.int32)
     positions = batch.positions
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(mask.shape[-1], dtype=jnp.int32), mask.shape)
@@ -87,7 +94,7 @@ def _predictions(batch: Batch) -> _Predictions:
         following(batch.tokens),
         mask,
         positions,
-        batch.segment_ids,
+        segment_ids,
         *(None if a is None else following(a) for a in (batch.advantages, batch.sampler_logprobs)),
     )
 
@@ -160,12 +167,17 @@ class TrainStep:
         return self.jitted(state, batch)
 
     def attention(self, *, packed: bool, seq_len: int) -> Attend:
-        """The attention implementation this step resolves to."""
-        return resolve_attention(
-            self.config.attention,
+        """The attention implementation this step resolves to, for rows of `seq_len` tokens."""
+        model = self.layout.model.config
+        return context_attention(
+            self.config.context_method,
+            size=self.layout.mesh.shape[CONTEXT],
+            attention=self.config.attention,
             target=self.target,
             dtype=self.dtype,
-            head_dim=self.layout.model.config.head_dim,
+            head_dim=model.head_dim,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
             packed=packed,
             seq_len=seq_len,
         )
@@ -183,13 +195,18 @@ class TrainStep:
     def gradients(self, params, frozen, batch: Batch):
         """(gradient tree like params, fp32; metrics), summed over micro-batches and devices."""
         trainable_spec, frozen_spec = self.layout.param_partition()
+        seq_len = batch.tokens.shape[-1]
+        order = sequence_order(self.config.context_method, seq_len, self.layout.mesh.shape[CONTEXT])
+        predictions = _predictions(batch)
+        if order is not None:
+            predictions = jax.tree.map(lambda a: a[..., order], predictions)
         return jax.shard_map(
-            _Gradients(self),
+            _Gradients(self, seq_len, order),
             mesh=self.layout.mesh,
             in_specs=(trainable_spec, frozen_spec, BATCH_SPEC),
             out_specs=(trainable_spec, PartitionSpec()),
             check_vma=False,
-        )(params, frozen, _predictions(batch))
+        )(params, frozen, predictions)
 
     def _step(self, state: TrainState, batch: Batch):
         grads, metrics = self.gradients(state.params, state.frozen, batch)
@@ -217,9 +234,13 @@ def _balance(frozen, load: Float[Array, "L E"], rate: float):
 
 
 class _Gradients:
-    """The body of the `shard_map`: everything here sees one device's shards."""
+    """The body of the `shard_map`: everything here sees one device's shards.
 
-    def __init__(self, step: TrainStep):
+    Rows of `seq_len` tokens lie on the context axis in `order` (None: as they are).
+    """
+
+    def __init__(self, step: TrainStep, seq_len: int, order: np.ndarray | None):
+        self.seq_len, self.order = seq_len, order
         layout, self.config, self.dtype = step.layout, step.config, step.dtype
         self.model = layout.model
         self.size, self.mesh_shape = layout.mesh.size, layout.mesh.shape
@@ -264,7 +285,7 @@ class _Gradients:
         flat = batch.tokens.reshape(-1)
         with jax.named_scope("embed"):
             x = vocab.embed(table, flat, axis_size=self.size, dtype=self.dtype)
-        attend = self.attention(packed=batch.segment_ids is not None, seq_len=T)
+        attend = self.attention(packed=batch.segment_ids is not None, seq_len=self.seq_len)
         constants = (rope_tables(self.model.config, batch.positions), batch.segment_ids)
         x, load, done = x.reshape(B, T, -1), None, []
         for name in ("dense_layers", "layers"):
@@ -357,12 +378,8 @@ class _Gradients:
             if batch.sampler_logprobs is None or batch.advantages is None:
                 raise ValueError("an RL batch needs advantages and sampler_logprobs [M, B, T]")
             rl = RLTokens(batch.sampler_logprobs, batch.advantages, mask, batch.segment_ids)
-            loss = functools.partial(rl_loss, tokens=rl, config=self.config.loss)
-            (value, metrics), weight = jax.value_and_grad(loss, has_aux=True)(
-                values.reshape(mask.shape)
-            )
+            weight, metrics = self.rl_weights(values.reshape(mask.shape), rl)
             weight = weight * scale
-            metrics["loss"] = value
         weight = weight.reshape(-1)
         head_grads = pick(grads) if full else {}
         # A replicated parameter's accumulator is this device's own sum until the step's end.
@@ -382,6 +399,30 @@ class _Gradients:
             metrics["loss"] = -jnp.sum(jnp.where(flat_mask, values, 0.0))
         metrics["entropy"] = jnp.sum(jnp.where(flat_mask, entropy, 0.0))
         return grads, dx, metrics
+
+    def rl_weights(self, values: Float[Array, "B T"], tokens: RLTokens):
+        """(d loss / d log-prob of this device's tokens [B, T], the summed metrics).
+
+        Losses look at whole sequences, so where those lie on several devices each computes the loss
+        of all their tokens, and counts its share of it.
+        """
+        loss = jax.value_and_grad(
+            lambda values, tokens: rl_loss(values, tokens, self.config.loss), has_aux=True
+        )
+        devices = self.mesh_shape[CONTEXT]
+        if devices == 1:
+            (value, metrics), weight = loss(values, tokens)
+            return weight, metrics | {"loss": value}
+        order = np.arange(self.seq_len) if self.order is None else self.order
+
+        def whole(a):
+            return jax.lax.all_gather(a, CONTEXT, axis=1, tiled=True)[:, np.argsort(order)]
+
+        (value, metrics), weight = loss(*jax.tree.map(whole, (values, tokens)))
+        T = values.shape[1]
+        start = jax.lax.axis_index(CONTEXT) * T
+        weight = jax.lax.dynamic_slice_in_dim(weight[:, order], start, T, axis=1)
+        return weight, jax.tree.map(lambda m: m / devices, metrics | {"loss": value})
 
     def _sum_devices(self, x):
         return jax.lax.psum(x, EVERYWHERE) if self.size > 1 else x

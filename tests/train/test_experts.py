@@ -20,7 +20,7 @@ CASES = {
 @functools.cache
 def gradients(name: str, devices: int = 1, **mesh):
     """(gradient, metrics, the batch they are of) of a case on so many devices."""
-    program = tiny_program(devices, **CASES[name], **mesh)
+    program = tiny_program(devices, **CASES[name] | mesh)
     state, batch = tiny_state(program), tiny_batch(program, packed=name != "moe")
     grads, metrics = jax.jit(program.step.gradients)(state.params, state.frozen, batch)
     return jax.device_get((grads, metrics)), batch
@@ -38,11 +38,17 @@ def test_gradient_is_that_of_the_plain_loss(name):
     assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("expert", [1, 2, 4, 8])
+MESHES = [(e, c) for e in (1, 2, 4, 8) for c in (1, 2, 4, 8) if e * c <= 8]
+
+
+@pytest.mark.parametrize(("expert", "context"), MESHES)
 @pytest.mark.parametrize("name", ["glm", "moe_lora_chunks"])
-def test_every_expert_axis_equals_one_device(name, expert):
+def test_every_mesh_equals_one_device(name, expert, context):
     (one, one_metrics), _ = gradients(name)
-    (eight, eight_metrics), _ = gradients(name, 8, expert=expert)
+    # Four query heads: eight devices cannot share them out.
+    method = "ring" if name == "glm" or context == 8 else "ulysses"
+    mesh = {"expert": expert, "context": context, "context_method": method}
+    (eight, eight_metrics), _ = gradients(name, 8, **mesh)
     assert relative_error(eight, one) < 2e-5
     for key, value in one_metrics.items():
         np.testing.assert_allclose(eight_metrics[key], value, rtol=1e-4, err_msg=key)
