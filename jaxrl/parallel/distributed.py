@@ -147,6 +147,7 @@ def initialize(
         name = "no_grpc_proxy"
         direct = os.environ.get(name) or os.environ.get("no_proxy")
         os.environ[name] = f"{direct},{host}" if direct else host
+        jax.config.update("jax_check_proxy_envs", False)  # it would warn of just that variable
         bind = processes.bind_host or "[::]"
         jax.distributed.initialize(
             processes.coordinator,
