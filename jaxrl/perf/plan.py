@@ -88,9 +88,9 @@ def _unplanned_bytes(attention: str, program: Program) -> int:
     may lie elsewhere."""
     if attention != "cudnn":
         return 0
-    rows = program.rows_per_device
-    model = program.layout.model.config
-    return cudnn_workspace_bytes(rows, program.seq_len, model.num_heads, model.head_dim)
+    rows, model = program.rows_per_device, program.layout.model.config
+    heads = model.num_heads // program.layout.mesh.shape["context"]
+    return cudnn_workspace_bytes(rows, program.seq_len, heads, model.head_dim)
 
 
 def count_flops(
@@ -145,7 +145,9 @@ def _documents(program: Program, doc_lengths: Sequence[int] | None) -> Sequence[
 
 def _kernel_flops(call: hlo.CallSite, program: Program, docs: Sequence[int]) -> float:
     """FLOPs of one run of a custom call that is no plain matrix product, which `hlo` counts."""
-    rows, whole = program.rows_per_device, [program.seq_len]
+    whole = [program.seq_len]
+    # The devices of a context group share a row's heads.
+    rows = program.rows_per_device / program.layout.mesh.shape["context"]
     if call.flops is not None:
         if "jaxrl_grouped" in call.op_name:  # declared for the room that a device has for rows
             return call.flops / program.layout.mesh.shape["expert"]
@@ -184,9 +186,10 @@ def _grouped_flops(call: hlo.CallSite) -> int:
     return 2 * rows[0] * rows[1] * other[1] if len(other) == 2 and other[0] == rows[0] else 0
 
 
-def _attention_flops(program: Program, rows: int, which: str, docs: Sequence[int]) -> int:
+def _attention_flops(program: Program, rows: float, which: str, docs: Sequence[int]) -> float:
+    """Of one layer, for so many rows with all heads."""
     model = program.layout.model.config
-    return flops.attention_flops(rows, model.num_heads, model.head_dim, docs, which=which)
+    return rows * flops.attention_flops(1, model.num_heads, model.head_dim, docs, which=which)
 
 
 # What the program's text shows of each implementation.

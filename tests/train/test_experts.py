@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 from test_step import plain_loss
-from tiny import TINY_GLM, TINY_MOE, relative_error, tiny_batch, tiny_program, tiny_state
+from tiny import TINY, TINY_GLM, TINY_MOE, relative_error, tiny_batch, tiny_program, tiny_state
+
+from jaxrl.train.remat import POLICIES
 
 CASES = {
     "moe": {"type": "sft", "model": TINY_MOE},
@@ -52,3 +54,54 @@ def test_every_mesh_equals_one_device(name, expert, context):
     assert relative_error(eight, one) < 2e-5
     for key, value in one_metrics.items():
         np.testing.assert_allclose(eight_metrics[key], value, rtol=1e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("ac", sorted(set(POLICIES) - {"recompute"}))
+def test_checkpointing_does_not_change_the_gradient(ac):
+    (expected, _), batch = gradients("glm")
+    program = tiny_program(**CASES["glm"], ac=ac)
+    state = tiny_state(program)
+    got, _ = jax.jit(program.step.gradients)(state.params, state.frozen, batch)
+    assert relative_error(got, expected) < 2e-6
+
+
+def test_the_load_counts_every_choice():
+    (_, metrics), batch = gradients("glm")
+    load = metrics["expert_load"]
+    assert load.shape == (2, 8)
+    np.testing.assert_allclose(load.sum(axis=-1), 1.0, rtol=1e-6)
+    choices = batch.tokens.size * TINY_GLM.num_experts_per_tok
+    counts = load * choices
+    np.testing.assert_allclose(counts, np.round(counts), atol=1e-3)
+    assert load.max() > 1.2 / 8  # the batch is uneven: or the test below would prove nothing
+
+
+def test_the_bias_moves_towards_an_even_load():
+    program = tiny_program(type="sft", model=TINY_GLM, router_bias_rate=0.25)
+    state, batch = tiny_state(program), tiny_batch(program)
+    before = np.asarray(state.frozen["layers"]["mlp"]["router"]["bias"])
+    state, metrics = program.step(state, batch)
+    after = np.asarray(state.frozen["layers"]["mlp"]["router"]["bias"])
+    load = np.asarray(metrics["expert_load"])
+    np.testing.assert_allclose(after - before, 0.25 * np.sign(1 / 8 - load), atol=1e-6)
+    assert float(metrics["expert_load_max"]) == pytest.approx(8 * load.max(), rel=1e-6)
+
+
+def test_without_a_rate_the_bias_stays():
+    program = tiny_program(type="sft", model=TINY_GLM)
+    state = tiny_state(program)
+    before = np.asarray(state.frozen["layers"]["mlp"]["router"]["bias"])
+    state, _ = program.step(state, tiny_batch(program))
+    np.testing.assert_array_equal(state.frozen["layers"]["mlp"]["router"]["bias"], before)
+
+
+def test_a_mesh_that_does_not_divide_is_refused_with_what_would():
+    with pytest.raises(ValueError, match=r"expert axis 2 needs experts, and tiny is dense; use 1"):
+        tiny_program(8, model=TINY, expert=2)
+    six = TINY_MOE.replace(num_experts=6)
+    with pytest.raises(ValueError, match=r"8 devices do not divide .*use one of \[1, 2, 3, 6\]"):
+        tiny_program(8, model=six, expert=2)
+    with pytest.raises(ValueError, match=r"context axis 8 \(ulysses\) does not split num_heads 4"):
+        tiny_program(8, model=TINY, context=8)
+    with pytest.raises(ValueError, match=r"expert axis 3 does not divide 8 devices"):
+        tiny_program(8, model=TINY_MOE, expert=3)
