@@ -13,6 +13,7 @@ from jaxrl.models.moe import ExpertOps, MoE, expert_load, mix
 from jaxrl.models.params import Buffer, Scope, initial_value, nest, specs
 from jaxrl.ops.attention import resolve_attention
 from jaxrl.ops.grouped_matmul import resolve_grouped_matmul
+from jaxrl.ops.linear import at_hand
 from jaxrl.ops.registry import Target
 from jaxrl.ops.tokenwise import tokenwise
 
@@ -56,6 +57,9 @@ class Block(nnx.Module):
     def _experts(self, moe: MoE, rows: Float[Array, "T D"], ctx: LayerContext):
         assert ctx.experts is not None
         ops = ctx.experts
+        graphdef, weights = nnx.split(moe.experts)
+        weights, rows = at_hand(nnx.to_pure_dict(weights), rows)
+        experts = nnx.merge(graphdef, weights)
 
         def norm_and_score(modules, x):
             norm, router = modules
@@ -75,7 +79,7 @@ class Block(nnx.Module):
             chosen = checkpoint_name(moe.router.choose(scores), "experts_chosen")
             weights = moe.router.weigh(scores, chosen)
             load = expert_load(chosen, self.config.num_experts)
-        modules = (self.mlp_norm, moe.experts, moe.shared)
+        modules = (self.mlp_norm, experts, moe.shared)
         y = _tokenwise(norm_and_mix, modules, (rows, weights, chosen), chunk=ops.chunk)
         return y, load
 

@@ -35,6 +35,22 @@ def _backward(residuals, dy):
 matmul.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def at_hand(params, x: Array):
+    """(params, x), unchanged; weights that are being gathered have arrived when x is computed.
+
+    Without it XLA's scheduler starts the gathers of a layer's last weights when their turn comes,
+    instead of beside the computation of x.
+    """
+    low = jax.tree.map(lambda p: p.astype(x.dtype), params)
+    low, x = jax.lax.optimization_barrier((low, x))
+    return jax.tree.map(lambda p, like: p.astype(like.dtype), low, params), x
+
+
+# The barrier stands in forward only, and gradients are not rounded.
+at_hand.defvjp(lambda params, x: (at_hand(params, x), None), lambda _, cotangents: cotangents)
+
+
 def cast_params(params, dtype):
     """Every floating leaf of a tree in `dtype`."""
     return jax.tree.map(functools.partial(jax.lax.convert_element_type, new_dtype=dtype), params)

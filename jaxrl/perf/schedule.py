@@ -90,7 +90,8 @@ def _fraction(overlaps, kind: str, where: str, weigh: Callable[[Overlap], float]
 
 @dataclasses.dataclass
 class _Flight:
-    """A transfer that has been started: when it ends, and the compute done when it was."""
+    """A transfer that has been started: when it ends, the compute done when it was, and for how
+    long of its own time something has waited."""
 
     kind: str
     op_name: str
@@ -98,6 +99,7 @@ class _Flight:
     seconds: float
     end: float
     work: float
+    waited: float = 0.0
 
 
 class _Player:
@@ -107,6 +109,7 @@ class _Player:
         self.module, self.roofline = module, roofline
         self.now = self.work = self.network_free = 0.0
         self.found: list[Overlap] = []
+        self.flying: list[_Flight] = []
 
     def play(self, computation: str, calls: int, carried: dict[int, _Flight]) -> dict:
         """Run a computation. carried: transfers in flight, by element of its parameter. Returns
@@ -141,6 +144,7 @@ class _Player:
                 end = max(self.now, self.network_free) + seconds
                 self.network_free = end
                 flight = _Flight(kind, i.op_name, size, seconds, end, self.work)
+                self.flying.append(flight)
                 if i.op.endswith("-start") and '"is_sync":true' not in i.rest:
                     flights[i.name] = flight
                 else:
@@ -203,8 +207,12 @@ class _Player:
             raise ValueError(f"{i.name} ends a transfer whose start is not found")
 
     def _wait(self, flight: _Flight, calls: int, *, is_async: bool) -> None:
-        exposed = max(0.0, flight.end - self.now)
-        self.now += exposed
+        if flight.end > self.now:
+            # Those before it in the queue are waited for too.
+            for f in self.flying:
+                f.waited += max(0.0, min(f.end, flight.end) - max(f.end - f.seconds, self.now))
+            self.now = flight.end
+        self.flying = [f for f in self.flying if f is not flight and f.end > self.now]
         self.found.append(
             Overlap(
                 kind=flight.kind,
@@ -214,6 +222,6 @@ class _Player:
                 is_async=is_async,
                 compute_seconds=self.work - flight.work,
                 transfer_seconds=flight.seconds,
-                exposed_seconds=min(exposed, flight.seconds),
+                exposed_seconds=min(flight.waited, flight.seconds),
             )
         )

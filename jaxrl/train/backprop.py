@@ -27,7 +27,10 @@ class LayerStack:
     """
 
     def __init__(self, layer: Layer, *, ac: str, fetch: Callable, reduce: Callable):
-        self.layer = jax.checkpoint(layer, policy=remat_policy(ac))
+        # `prevent_cse` would hold a layer's recomputation back until all its weights are gathered;
+        # `backward` holds back the gathers instead, which is enough: forward's layers are computed
+        # in another loop.
+        self.layer = jax.checkpoint(layer, policy=remat_policy(ac), prevent_cse=False)
         self.fetch, self.reduce = fetch, reduce
         self._template: Any = None
         self._counts: Any = None
@@ -36,7 +39,8 @@ class LayerStack:
         """(x after all layers, what backward needs, counts); parameters stacked [L, ...]."""
 
         def body(x, layer):
-            tr, fr = self.fetch(*layer)
+            tr, fr, x = jax.lax.optimization_barrier((*layer, x))
+            tr, fr = self.fetch(tr, fr)
             # Parameters and constants are at hand again in backward: only the rest is stacked.
             (x, counts), vjp = jax.vjp(
                 self.layer,
@@ -61,6 +65,9 @@ class LayerStack:
         def body(carry, layer):
             dx, grads = carry
             index, tr, fr, (x, opaque, structured) = layer
+            # Holds back the whole layer, gathers included, until its turn; then each product waits
+            # for its own weights only, and the gathers of later ones run beside it.
+            tr, fr, x, dx = jax.lax.optimization_barrier((tr, fr, x, dx))
             tr, fr = self.fetch(tr, fr)
             args = [tr, (fr, constants), x]
             vjp = self._template.replace(

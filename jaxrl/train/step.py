@@ -21,6 +21,7 @@ from jaxrl.config import StepConfig
 from jaxrl.models.attention import LayerContext
 from jaxrl.models.layers import rope_tables
 from jaxrl.models.moe import ExpertOps
+from jaxrl.models.params import specs
 from jaxrl.models.transformer import merge_trees
 from jaxrl.ops.attention import Attend
 from jaxrl.ops.grouped_matmul import GroupedOps, resolve_grouped_matmul
@@ -127,6 +128,25 @@ def experts_chunk(backend: str, *, lora: bool, expert_axis: int) -> int:
     return max(1, (8192 if lora else 16384) // expert_axis)
 
 
+def gpu_options(layer_bytes: int, *, experts: bool) -> dict[str, bool | int | str]:
+    """For XLA's GPU compiler, wherever the step is compiled: measured, planned and trained with.
+
+    layer_bytes: of one layer's gathered weights.
+    """
+    options: dict[str, bool | int | str] = {
+        # XLA's default, but never a whole layer in one gather: there would be nothing to compute
+        # beside it.
+        "xla_gpu_all_gather_combine_threshold_bytes": min(30 * 2**20, layer_bytes // 2),
+        # A layer's first gradients travel while its others are computed.
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": 64 * 2**20,
+    }
+    if experts:
+        # Three gathers of all experts, which take as long as attention does: started together, or
+        # only one of them would run beside it.
+        options["xla_gpu_experimental_parallel_collective_overlap_limit"] = 4
+    return options
+
+
 class TrainStep:
     """`step(state, batch) -> (state, metrics)`, jitted and donating the state.
 
@@ -161,10 +181,20 @@ class TrainStep:
             in_shardings=(state, NamedSharding(layout.mesh, BATCH_SPEC)),
             out_shardings=(state, NamedSharding(layout.mesh, PartitionSpec())),
             donate_argnums=0,
+            compiler_options=gpu_options(
+                self._layer_bytes(), experts=bool(layout.model.config.num_experts)
+            )
+            if backend == "gpu"
+            else None,
         )
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         return self.jitted(state, batch)
+
+    def _layer_bytes(self) -> int:
+        """Of one layer's weights as this device gathers them."""
+        layers = [s for p, s in specs(self.layout.model).items() if p[0] == "layers"]
+        return sum(s.size // s.shape[0] for s in layers) * self.dtype.itemsize
 
     def attention(self, *, packed: bool, seq_len: int) -> Attend:
         """The attention implementation this step resolves to, for rows of `seq_len` tokens."""
