@@ -125,6 +125,7 @@ class StepConfig:
     context_method: Literal["ring", "ulysses"] = option(
         "ulysses", "How attention works over the context axis."
     )
+    routing: Literal["model", "balanced", "zipf"] = option("model", "Who chooses experts.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ class LayerContext:
 
     `attend(q, k, v, segment_ids)` is a resolved attention implementation (`ops.attention`);
     `mlp_chunk` the number of tokens the MLP works on at a time (0: all of them); `experts` how the
-    products of expert layers run, and how tokens reach experts on other devices.
+    products of expert layers run, and how tokens reach experts on other devices; `chosen` the
+    experts that every layer's router chooses, whatever its scores (benchmarks).
     """
 
     cos: Float[Array, "B T P"]
@@ -28,6 +29,7 @@ class LayerContext:
     attend: Callable
     mlp_chunk: int = 0
     experts: ExpertOps | None = None
+    chosen: Int[Array, "B*T k"] | None = None
 
 
 class Attention(nnx.Module):

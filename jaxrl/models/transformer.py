@@ -76,7 +76,8 @@ class Block(nnx.Module):
             scores = _tokenwise(
                 norm_and_score, modules, rows, chunk=ctx.mlp_chunk, dtype=jnp.float32
             )
-            chosen = checkpoint_name(moe.router.choose(scores), "experts_chosen")
+            chosen = moe.router.choose(scores) if ctx.chosen is None else ctx.chosen
+            chosen = checkpoint_name(chosen, "experts_chosen")
             weights = moe.router.weigh(scores, chosen)
             load = expert_load(chosen, self.config.num_experts)
         modules = (self.mlp_norm, experts, moe.shared)

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxrl.config import StepConfig
+from jaxrl.data.routing import expert_choices
 from jaxrl.models.attention import LayerContext
 from jaxrl.models.layers import rope_tables
 from jaxrl.models.moe import ExpertOps
@@ -316,7 +317,8 @@ class _Gradients:
         with jax.named_scope("embed"):
             x = vocab.embed(table, flat, axis_size=self.size, dtype=self.dtype)
         attend = self.attention(packed=batch.segment_ids is not None, seq_len=self.seq_len)
-        constants = (rope_tables(self.model.config, batch.positions), batch.segment_ids)
+        tables = rope_tables(self.model.config, batch.positions)
+        constants = (tables, batch.segment_ids, self.chosen(B * T))
         x, load, done = x.reshape(B, T, -1), None, []
         for name in ("dense_layers", "layers"):
             if getattr(self.model, name) is not None:
@@ -339,6 +341,15 @@ class _Gradients:
                 )
         return grads, metrics
 
+    def chosen(self, tokens: int) -> Int[Array, "T k"] | None:
+        """The experts of this device's tokens in every layer, where routers are not to choose."""
+        model, mode = self.model.config, self.config.routing
+        if mode == "model" or not model.num_experts:
+            return None
+        shape = (tokens, model.num_experts, model.num_experts_per_tok)
+        device = jax.lax.axis_index(EVERYWHERE)
+        return expert_choices(mode, *shape, jax.random.key(0), device)
+
     def stack(self, name: str, attend) -> LayerStack:
         """The stack of equal layers that the model calls `name`."""
         block_def = nnx.graphdef(getattr(self.model, name))
@@ -350,10 +361,11 @@ class _Gradients:
         is_fp32 = tuple(tree.get(name, {}) for tree in self.is_fp32)
 
         def layer(trainable, constants, x):
-            frozen, ((cos, sin), segment_ids) = constants
+            frozen, ((cos, sin), segment_ids, chosen) = constants
             block = nnx.merge(block_def, merge_trees(trainable, frozen))
             chunk = self.config.mlp_chunk
-            return block(x, LayerContext(cos, sin, segment_ids, attend, chunk, self.experts))
+            ctx = LayerContext(cos, sin, segment_ids, attend, chunk, self.experts, chosen)
+            return block(x, ctx)
 
         def fetch(trainable, frozen):
             """One layer's parameters, whole, in the compute dtype; trainable ones fp32 by type."""

@@ -105,3 +105,15 @@ def test_a_mesh_that_does_not_divide_is_refused_with_what_would():
         tiny_program(8, model=TINY, context=8)
     with pytest.raises(ValueError, match=r"expert axis 3 does not divide 8 devices"):
         tiny_program(8, model=TINY_MOE, expert=3)
+
+
+@pytest.mark.parametrize("mode", ["balanced", "zipf"])
+def test_forced_routing_loads_experts_as_it_says(mode):
+    program = tiny_program(8, type="sft", model=TINY_GLM, expert=2, routing=mode)
+    state, batch = tiny_state(program), tiny_batch(program)
+    _, metrics = jax.jit(program.step.gradients)(state.params, state.frozen, batch)
+    load = np.asarray(metrics["expert_load"])
+    if mode == "balanced":
+        np.testing.assert_allclose(load, 1 / 8, rtol=1e-6)
+    else:
+        assert load.max() > 2 * load.min()
