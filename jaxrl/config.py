@@ -151,6 +151,11 @@ class TrainConfig:
         "What a step adds to the router's bias of experts with less than their share, and takes "
         "from the others (GLM); 0 leaves it.",
     )
+    routing: Literal["model", "balanced", "zipf"] = option(
+        "model",
+        "Who chooses experts: the model's routers, or benchmarks' even (`balanced`) or uneven "
+        "(`zipf`) draws.",
+    )
 
     def __post_init__(self):
         above(self, 0, "temperature")
@@ -167,6 +172,7 @@ class TrainConfig:
             "experts_chunk",
             "grouped_matmul",
             "router_bias_rate",
+            "routing",
         )
         values = {name: getattr(self, name) for name in shared}
         return StepConfig(type=type, ac=ac, attention=attention, **values)
