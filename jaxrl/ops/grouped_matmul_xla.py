@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 BLOCK, SMALL = 128, 32
+# What loops over blocks are called in a compiled program, which does not know how long they are.
+WHOLE, REST = "grouped_matmul_blocks", "grouped_matmul_rest"
 
 
 @jax.custom_vjp
@@ -44,11 +46,13 @@ def _over_blocks(start, size, M, body, carry):
     """body(first row, block, carry) over blocks of a group's rows, from `start` on."""
     big, small = min(BLOCK, M), min(SMALL, M)
     whole = size // big
-    carry = jax.lax.fori_loop(0, whole, lambda i, c: body(start + i * big, big, c), carry)
+    with jax.named_scope(WHOLE):
+        carry = jax.lax.fori_loop(0, whole, lambda i, c: body(start + i * big, big, c), carry)
     start, left = start + whole * big, size - whole * big
-    return jax.lax.fori_loop(
-        0, -(-left // small), lambda i, c: body(start + i * small, small, c), carry
-    )
+    with jax.named_scope(REST):
+        return jax.lax.fori_loop(
+            0, -(-left // small), lambda i, c: body(start + i * small, small, c), carry
+        )
 
 
 def _starts(group_sizes):

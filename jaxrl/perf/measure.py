@@ -13,6 +13,7 @@ import jax
 
 from jaxrl.config import BenchConfig
 from jaxrl.data.fake import fake_batch
+from jaxrl.models.config import ModelConfig
 from jaxrl.models.presets import preset
 from jaxrl.parallel.distributed import global_batch, in_order, is_reporter
 from jaxrl.perf import flops
@@ -97,9 +98,23 @@ def _proxy_program(row: Row, config: BenchConfig) -> Program:
         dataclasses.replace(row, seq_len=proxy.seq_len),
         config,
         jax.devices("cpu")[:1],
-        model=preset(row.model).replace(num_layers=proxy.num_layers),
+        model=proxy_model(preset(row.model), proxy.num_layers),
         rows_per_device=proxy.batch,
         compute_dtype=proxy.compute_dtype,
+    )
+
+
+def proxy_model(model: ModelConfig, num_layers: int) -> ModelConfig:
+    """The model cut down to `num_layers`; with experts, also to a size that fits a laptop: dense
+    layers no more than half of all, 8 experts of which a token gets 2, and 32,768 tokens."""
+    if not model.num_experts:
+        return model.replace(num_layers=num_layers)
+    return model.replace(
+        num_layers=num_layers,
+        first_k_dense=min(model.first_k_dense, num_layers // 2),
+        num_experts=min(model.num_experts, 8),
+        num_experts_per_tok=min(model.num_experts_per_tok, 2),
+        vocab_size=min(model.vocab_size, 32768),
     )
 
 

@@ -11,7 +11,7 @@ from jaxrl_kernels.flash_attention import cost
 from jaxrl.config import BenchConfig
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.presets import preset
-from jaxrl.ops import attention_xla, tokamax_kernels
+from jaxrl.ops import attention_xla, grouped_matmul_xla, tokamax_kernels
 from jaxrl.ops.attention import cudnn_workspace_bytes
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.perf import compile_only, flops, hlo
@@ -118,7 +118,8 @@ def hardware_flops(program: Program, text: str, doc_lengths: Sequence[int] | Non
 
     A kernel's FLOPs are those it declares; the blocked attention's loops, whose trip counts the
     compiler does not know, visit the blocks on and below the diagonal that share a document (of
-    `doc_lengths`, as in `count_flops`). Raises RuntimeError where the program holds a loop or a
+    `doc_lengths`, as in `count_flops`), those of the experts' products all of a device's rows, on
+    average. Raises RuntimeError where the program holds a loop or a
     product that nobody declares, ValueError where the documents are not a row's tokens.
     """
     docs = _documents(program, doc_lengths)
@@ -127,6 +128,11 @@ def hardware_flops(program: Program, text: str, doc_lengths: Sequence[int] | Non
     total += sum(c.count * _kernel_flops(c, program, docs) for c in summary.call_sites)
     block = min(attention_xla.BLOCK, program.seq_len)
     for loop in summary.unknown_loops:
+        if grouped_matmul_xla.REST in loop.op_name:
+            continue
+        if grouped_matmul_xla.WHOLE in loop.op_name:
+            total += _grouped_loop_flops(loop, program)
+            continue
         if "attend" not in loop.op_name:
             raise RuntimeError(f"a loop of unknown length is not counted: {loop.op_name}")
         visits = cost.visited_blocks(docs, block, block) / -(-program.seq_len // block)
@@ -134,6 +140,15 @@ def hardware_flops(program: Program, text: str, doc_lengths: Sequence[int] | Non
     if summary.uncounted:
         raise RuntimeError(f"products that are not counted: {dict(summary.uncounted)}")
     return total
+
+
+def _grouped_loop_flops(loop: hlo.LoopBody, program: Program) -> float:
+    """Of all runs of a loop over an expert's blocks of rows: as if all rows lay in whole blocks."""
+    model, config = program.layout.model.config, program.step.config
+    tokens = program.rows * program.seq_len // program.layout.mesh.size
+    rows = min(config.experts_chunk or tokens, tokens) * model.num_experts_per_tok
+    products = loop.runs / (model.num_experts // program.layout.mesh.shape["expert"])
+    return products * loop.iteration.flops * rows / min(grouped_matmul_xla.BLOCK, rows)
 
 
 def _documents(program: Program, doc_lengths: Sequence[int] | None) -> Sequence[int]:
