@@ -1,15 +1,18 @@
 """FLOPs of a decoder in closed form, in the two conventions this project reports, and MFU.
 
 - `primerl_flops_per_token`: as prime-rl's benchmark page counts (bench/baselines): attention over
-  the whole T x T square, hidden_size // num_heads for the head size.
+  the whole T x T square, hidden_size // num_heads for the head size; of experts, those a token is
+  sent to, but the adapters of all of them, and no shared expert.
 - `model_flops_per_token`: what the mathematics needs: the real head size, only the (query, key)
-  pairs a causal mask of each document leaves, nothing for recomputation.
+  pairs a causal mask of each document leaves, the experts (and their adapters) that a token is sent
+  to and shared ones, nothing for recomputation.
 
 Both count matrix products only (a multiply and an add: 2), the output head, and no embedding
 look-up. Training costs 6 per weight (2 forward, 2 for the input's gradient, 2 for the weight's);
 a frozen weight costs 4 (arXiv:2204.02311, appendix B; arXiv:2001.08361).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -24,7 +27,7 @@ ATTENTION_PRODUCTS = {"forward": 2, "backward": 4, "flash_backward": 5}
 
 
 class Shapes(Protocol):
-    """What of a model's config decides its FLOPs (D, L, N, K, H, F, V of the axis alphabet)."""
+    """What of a model's config decides its FLOPs (D, L, N, K, H, F, E, V of the axis alphabet)."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -40,33 +43,66 @@ class Shapes(Protocol):
     def intermediate_size(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def num_experts_per_tok(self) -> int: ...
+    @property
+    def moe_intermediate_size(self) -> int: ...
+    @property
+    def num_shared_experts(self) -> int: ...
+    @property
+    def num_sparse_layers(self) -> int: ...
 
 
-def linear_shapes(config: Shapes) -> dict[str, tuple[int, int]]:
-    """[in, out] of each linear map of one layer, by its name in `TARGETS`."""
-    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """`count` linear maps [a, b] of a model that go by the same name in `TARGETS`."""
+
+    target: str
+    a: int
+    b: int
+    count: int
+
+
+def linears(config: Shapes, *, experts: int, shared: bool = True) -> list[Linear]:
+    """The linear maps of all layers, `experts` of each layer's; without router and head."""
+    D, H, M = config.hidden_size, config.head_dim, config.moe_intermediate_size
     q, kv = config.num_heads * H, config.num_kv_heads * H
-    return {
-        "q": (D, q),
-        "k": (D, kv),
-        "v": (D, kv),
-        "o": (q, D),
-        "gate": (D, F),
-        "up": (D, F),
-        "down": (F, D),
-    }
+    L, sparse = config.num_layers, config.num_sparse_layers
+    maps = [("q", D, q, L), ("k", D, kv, L), ("v", D, kv, L), ("o", q, D, L)]
+    mlps = [(config.intermediate_size, L - sparse), (M, sparse * experts)]
+    if shared and config.num_shared_experts:  # side by side they are one wide MLP
+        mlps.append((config.num_shared_experts * M, sparse))
+    for F, count in mlps:
+        maps += [("gate", D, F, count), ("up", D, F, count), ("down", F, D, count)]
+    return [Linear(*m) for m in maps if m[-1]]
 
 
-def matmul_params(config: Shapes) -> int:
-    """Weights a token is multiplied with: every layer's linear maps and the head (tied or not)."""
-    layer = sum(a * b for a, b in linear_shapes(config).values())
-    return config.num_layers * layer + config.vocab_size * config.hidden_size
+def matmul_params(config: Shapes, *, shared: bool = True) -> int:
+    """Weights a token is multiplied with: the layers' linear maps, those of the experts it is sent
+    to and of shared ones (unless `shared` is False: the page), routers, the head (tied or not).
+    """
+    used = linears(config, experts=config.num_experts_per_tok, shared=shared)
+    layers = sum(m.count * m.a * m.b for m in used)
+    routers = config.num_sparse_layers * config.hidden_size * config.num_experts
+    return layers + routers + config.vocab_size * config.hidden_size
 
 
 def lora_params(config: Shapes, rank: int, targets: Sequence[str] = TARGETS) -> int:
-    """Weights of the adapters A [in, R] and B [R, out] on each layer's `targets`."""
-    shapes = linear_shapes(config)
-    return config.num_layers * rank * sum(sum(shapes[t]) for t in targets)
+    """Weights of the adapters A [in, R] and B [R, out] on the layers' `targets`, those of every
+    expert and shared expert: the page's count."""
+    return _adapters(config, config.num_experts, rank, targets)
+
+
+def active_lora_params(config: Shapes, rank: int, targets: Sequence[str] = TARGETS) -> int:
+    """Of `lora_params`, those a token is multiplied with: of the experts it is sent to."""
+    return _adapters(config, config.num_experts_per_tok, rank, targets)
+
+
+def _adapters(config: Shapes, experts: int, rank: int, targets: Sequence[str]) -> int:
+    chosen = [m for m in linears(config, experts=experts) if m.target in targets]
+    return rank * sum(m.count * (m.a + m.b) for m in chosen)
 
 
 def attention_flops(
@@ -109,8 +145,9 @@ def model_flops_per_token(
     """FLOPs to train on one token, forward and backward; `mfu`'s numerator.
 
     `doc_lengths`: the sequence length, or the lengths of the documents packed into the batch.
-    `lora_params` > 0: every other weight is frozen and costs 4 instead of 6 (also in the first
-    layer, whose input's gradient nobody needs). Recomputed activations do not count.
+    `lora_params` > 0 (with experts, `active_lora_params`): every other weight is frozen and costs
+    4 instead of 6 (also in the first layer, whose input's gradient nobody needs). Recomputed
+    activations do not count.
     """
     tokens = doc_lengths if isinstance(doc_lengths, int) else sum(doc_lengths)
     if tokens < 1:
@@ -119,10 +156,13 @@ def model_flops_per_token(
 
 
 def primerl_flops_per_token(config: Shapes, seq_len: int, *, lora_params: int = 0) -> int:
-    """FLOPs per trained token as prime-rl's page counts them; reproduces its MFU column."""
+    """FLOPs per trained token as prime-rl's page counts them; reproduces its MFU column.
+
+    `lora_params`: of all adapters, whoever uses them.
+    """
     head_size = config.hidden_size // config.num_heads
     attention = 12 * config.num_layers * config.num_heads * head_size * seq_len
-    dense = (4 if lora_params else 6) * matmul_params(config) + 6 * lora_params
+    dense = (4 if lora_params else 6) * matmul_params(config, shared=False) + 6 * lora_params
     return dense + attention
 
 

@@ -7,9 +7,15 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
+from tiny import TINY_GLM, TINY_MOE
 
+from jaxrl.models.lora import LoraConfig, add_lora
+from jaxrl.models.params import specs
 from jaxrl.models.presets import preset
+from jaxrl.models.transformer import Transformer
 from jaxrl.perf.flops import (
+    active_lora_params,
     attention_flops,
     cost_analysis_flops,
     lora_params,
@@ -22,12 +28,11 @@ from jaxrl.perf.flops import (
 from jaxrl.perf.hardware import gpu
 
 PAGE = pathlib.Path(__file__).parents[2] / "bench/baselines/prime_rl.csv"
-DENSE = ("Qwen3-0.6B", "Qwen3-4B-Instruct-2507", "Llama-3.")
 
 
-def dense_rows():
+def page_rows():
     with PAGE.open() as file:
-        return [row for row in csv.DictReader(file) if row["model"].startswith(DENSE)]
+        return list(csv.DictReader(file))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +44,29 @@ class Tiny:
     head_dim: int = 8
     intermediate_size: int = 5
     vocab_size: int = 7
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    num_shared_experts: int = 0
+    num_sparse_layers: int = 0
 
 
-def test_all_dense_rows_are_there():
-    assert len(dense_rows()) == 41
+# Layer 1 dense, layers 2 and 3 with 6 experts of width 3, of which a token gets 2; 2 shared ones.
+SPARSE = Tiny(
+    num_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=3,
+    num_shared_experts=2,
+    num_sparse_layers=2,
+)
+
+
+def test_all_rows_of_the_page_are_there():
+    assert len(page_rows()) == 70
 
 
 @pytest.mark.parametrize(
-    "row", dense_rows(), ids=lambda r: "-".join([*list(r.values())[:6], r["num_gpus"], r["gpu"]])
+    "row", page_rows(), ids=lambda r: "-".join([*list(r.values())[:6], r["num_gpus"], r["gpu"]])
 )
 def test_the_page_reports_this_mfu(row):
     config, g = preset(row["model"]), gpu(row["gpu"])
@@ -65,6 +85,33 @@ def test_matmul_params_by_hand():
 
 def test_lora_params_by_hand():
     assert lora_params(Tiny(), 2, ("q", "down")) == 3 * 2 * ((4 + 16) + (5 + 4))
+
+
+def test_experts_by_hand():
+    attention, router, expert = 64 + 32 + 32 + 64, 4 * 6, 3 * 4 * 3
+    assert matmul_params(SPARSE) == 3 * attention + 60 + 2 * (router + (2 + 2) * expert) + 28
+    assert matmul_params(SPARSE) - matmul_params(SPARSE, shared=False) == 2 * 2 * expert
+    dense, shared = 3 * (4 + 5), 3 * (4 + 6)
+    adapters = 3 * ((4 + 16) + 2 * (4 + 8) + (16 + 4)) + dense + 2 * shared
+    assert lora_params(SPARSE, 5) == 5 * (adapters + 2 * 6 * 3 * (4 + 3))
+    assert active_lora_params(SPARSE, 5) == 5 * (adapters + 2 * 2 * 3 * (4 + 3))
+    assert active_lora_params(SPARSE, 5, ("q",)) == lora_params(SPARSE, 5, ("q",)) == 5 * 3 * 20
+
+
+@pytest.mark.parametrize("config", [TINY_MOE, TINY_GLM], ids=lambda c: c.name)
+def test_experts_of_the_real_model(config):
+    """A layer's weights are all used but for the experts that a token is not sent to."""
+    linears = {
+        path: spec.size
+        for path, spec in specs(Transformer(config)).items()
+        if path[-1] == "kernel" and len(spec.shape) > 1
+    }
+    total = sum(linears.values()) + config.vocab_size * config.hidden_size
+    idle = config.num_experts - config.num_experts_per_tok
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    assert matmul_params(config) == total - config.num_sparse_layers * idle * expert
+    adapters = specs(add_lora(Transformer(config), LoraConfig(rank=4)), nnx.LoRAParam)
+    assert lora_params(config, 4) == sum(spec.size for spec in adapters.values())
 
 
 @pytest.mark.parametrize(
