@@ -35,6 +35,7 @@ def program_for(
 ) -> Program:
     """The program of a row on these devices; `model` replaces the row's preset (proxies)."""
     step = config.train.step(type=row.type, ac=row.ac, attention=ATTENTION.get(row.attn, row.attn))
+    step = dataclasses.replace(step, context_method=row.cp_method)
     if compute_dtype:
         step = dataclasses.replace(step, compute_dtype=compute_dtype)
     return build_program(
@@ -56,7 +57,7 @@ def plan_row(row: Row, config: BenchConfig) -> dict[str, Any]:
     Nothing runs, so nothing is said of time. Raises ValueError where the program needs more
     memory than the GPU has.
     """
-    program = program_for(row, config, compile_only.topology(row.gpu, row.num_gpus))
+    program = program_for(row, config, compile_only.topology(row.gpu, row.num_gpus, row.num_hosts))
     start = time.perf_counter()
     with compile_only.as_device(program.layout.mesh), compile_only.cudnn_assumed():
         lowered = program.lower()

@@ -66,7 +66,7 @@ def cells(result: Result) -> list[Cell]:
         Cell(row.ac.capitalize()),
         Cell(row.attn.upper() if row.attn.startswith("fa") else row.attn),
         Cell(str(row.ep)),
-        Cell(str(row.cp)),
+        Cell(str(row.cp) + (f" {row.cp_method}" if row.cp_method != "ulysses" else "")),
         Cell(row.hardware),
         _number(result, "mfu_primerl_pct", "{:.1f}%", better="high", published="mfu_pct"),
         _number(result, "tps", "tps", better="high"),

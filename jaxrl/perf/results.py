@@ -31,7 +31,7 @@ NUMBER_KEYS = (
 )
 KEYS = (
     *("model", "type", "lora_rank", "seq_len", "ac", "attn", "attn_compiled"),
-    *("ep", "cp", "num_gpus", "gpu", "mode", "status", "error", *NUMBER_KEYS),
+    *("ep", "cp", "cp_method", "num_gpus", "gpu", "mode", "status", "error", *NUMBER_KEYS),
 )
 
 type Result = dict[str, Any]
@@ -52,7 +52,8 @@ def _finite(value):
 
 
 def job_of(result: Result) -> Job:
-    return Job(Row(**{k: result[k] for k in ROW_KEYS}), result["mode"])
+    """The job that gave `result`; older results lack the keys that have defaults."""
+    return Job(Row(**{k: result[k] for k in ROW_KEYS if k in result}), result["mode"])
 
 
 class Store:

@@ -3,17 +3,22 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from jaxrl.config import ActivationCheckpointing, ConfigError, Type, check_seq_len
+from jaxrl.models.config import ModelConfig
 from jaxrl.models.presets import preset
 
 TYPES = ("rl", "sft")
 AC = ("none", "recompute", "selective", "offload")
 ATTN = ("fa2", "fa3", "fa4", "triton", "tokamax", "cudnn", "xla", "auto")
+CP_METHODS = ("ulysses", "ring")
+RING_ATTN = ("fa2", "triton", "xla", "auto")  # `jaxrl.ops.attention_blocks` has no others
 CPU = "CPU"
+GPUS_PER_HOST = 8
 
 _SYNTAX = (
-    "write 'rl|sft full|loraRANK SEQ_LEN AC ATTN COUNTxGPU [epN] [cpN]', "
+    "write 'rl|sft full|loraRANK SEQ_LEN AC ATTN COUNTxGPU [epN] [cpN [ulysses|ring]]', "
     "e.g. 'rl lora16 16384 recompute fa3 8xH100'"
 )
 
@@ -23,7 +28,7 @@ class Row:
     """One row. `lora_rank` 0 is full fine-tuning; `gpu` is "CPU" for this host's proxy row.
 
     `seq_len`: tokens per sequence. `ac`: activation checkpointing. `attn`: as requested. `ep`,
-    `cp`: expert and context parallel sizes.
+    `cp`: expert and context parallel sizes; `cp_method`: how attention works over the latter.
     """
 
     model: str
@@ -36,6 +41,7 @@ class Row:
     cp: int
     num_gpus: int
     gpu: str
+    cp_method: Literal["ulysses", "ring"] = "ulysses"
 
     @property
     def label(self) -> str:
@@ -46,6 +52,11 @@ class Row:
     @property
     def hardware(self) -> str:
         return f"{self.num_gpus}x{self.gpu}"
+
+    @property
+    def num_hosts(self) -> int:
+        """Hosts that have these GPUs."""
+        return -(-self.num_gpus // GPUS_PER_HOST)
 
     @property
     def title(self) -> str:
@@ -60,6 +71,7 @@ class Row:
             self.hardware,
         ]
         parts += [f"ep{self.ep}"] * (self.ep > 1) + [f"cp{self.cp}"] * (self.cp > 1)
+        parts += [self.cp_method] * (self.cp > 1 and self.cp_method != "ulysses")
         return " ".join(parts)
 
     @property
@@ -81,6 +93,7 @@ def parse_row(model: str, text: str) -> Row:
     type_, method, seq_len, ac, attn, hardware, *rest = parts
     rank = re.fullmatch(r"full|lora(\d+)", method)
     count_gpu = re.fullmatch(r"(\d+)x(\w+)", hardware)
+    method_of_cp = rest.pop() if rest and rest[-1] in CP_METHODS else "ulysses"
     axes = [re.fullmatch(r"(ep|cp)(\d+)", part) for part in rest]
     if not (rank and count_gpu and re.fullmatch(r"-?\d+", seq_len) and all(axes)):
         raise problem
@@ -103,6 +116,7 @@ def parse_row(model: str, text: str) -> Row:
         attn=attn,
         num_gpus=int(count_gpu[1]),
         gpu=count_gpu[2],
+        cp_method=method_of_cp,  # type: ignore[arg-type]
         **sizes,
     )
 
@@ -143,7 +157,8 @@ def _same(value) -> str:
 
 def proxy_row(row: Row, seq_len: int) -> Row:
     """The row measured on this host's CPU in place of `row`."""
-    return dataclasses.replace(row, seq_len=seq_len, attn="xla", ep=1, cp=1, num_gpus=1, gpu=CPU)
+    alone = {"ep": 1, "cp": 1, "cp_method": "ulysses", "num_gpus": 1, "gpu": CPU}
+    return dataclasses.replace(row, seq_len=seq_len, attn="xla", **alone)
 
 
 def check_rows(rows: Iterable[Row]) -> None:
@@ -158,22 +173,67 @@ def check_rows(rows: Iterable[Row]) -> None:
 def _check_row(row: Row) -> None:
     from jaxrl.perf.hardware import gpu
 
-    preset(row.model)
+    model = preset(row.model)
     check_seq_len(row.seq_len)
     if row.num_gpus < 1:
         raise ConfigError("0 GPUs; use at least 1")
     _check_attention(row, gpu(row.gpu).compute_capability)
     for name, size in (("ep", row.ep), ("cp", row.cp)):
         if size < 1 or row.num_gpus % size:
-            fits = [str(d) for d in range(1, row.num_gpus + 1) if row.num_gpus % d == 0]
-            raise ConfigError(
-                f"{name} {size} does not divide {row.num_gpus} GPUs; use {' or '.join(fits)}"
-            )
-    # Every preset so far is dense, and sequences are not yet split over devices.
-    if row.ep > 1:
+            fits = _either(_divisors(row.num_gpus))
+            raise ConfigError(f"{name} {size} does not divide {row.num_gpus} GPUs; use {fits}")
+    if row.num_gpus % (row.ep * row.cp):
+        fits = _either(_divisors(row.num_gpus // row.ep))
+        raise ConfigError(
+            f"ep {row.ep} x cp {row.cp} does not divide {row.num_gpus} GPUs; "
+            f"beside ep {row.ep} use cp {fits}"
+        )
+    _check_experts(row, model)
+    _check_context(row, model)
+
+
+def _check_experts(row: Row, model: ModelConfig) -> None:
+    if row.ep == 1:
+        return
+    if not model.num_experts:
         raise ConfigError(f"ep {row.ep} needs experts, and {row.model} is dense; use ep 1")
-    if row.cp > 1:
-        raise ConfigError(f"cp {row.cp}: context parallelism is not supported yet; use cp 1")
+    if model.num_experts % row.num_gpus:  # also over those that `ep` does not count
+        fits = _either(d for d in _divisors(model.num_experts) if d % row.ep == 0)
+        other = f"{fits} GPUs" if fits else f"an ep that divides {model.num_experts}"
+        raise ConfigError(
+            f"{model.num_experts} experts do not spread evenly over {row.num_gpus} GPUs; "
+            f"use {other}, or ep 1"
+        )
+
+
+def _check_context(row: Row, model: ModelConfig) -> None:
+    if row.cp == 1:
+        if row.cp_method != "ulysses":
+            raise ConfigError(f"{row.cp_method} splits sequences over devices; add cp2 or more")
+        return
+    if row.cp_method == "ring" and row.attn not in RING_ATTN:
+        raise ConfigError(
+            f"attention {row.attn} cannot run in a ring; use ulysses, or ring with "
+            f"{_either(RING_ATTN)}"
+        )
+    if row.seq_len % (128 * row.cp):
+        fits = _either(d for d in _divisors(row.num_gpus // row.ep) if row.seq_len % (128 * d) == 0)
+        raise ConfigError(
+            f"cp {row.cp} leaves no multiple of 128 of seq_len {row.seq_len} to a device; use cp "
+            f"{fits}, or seq_len {-(-row.seq_len // (128 * row.cp)) * 128 * row.cp}"
+        )
+    from jaxrl.parallel.context import check_context  # imports JAX
+
+    heads = {"num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads}
+    check_context(row.cp_method, size=row.cp, seq_len=row.seq_len, **heads)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _either(options: Iterable) -> str:
+    return " or ".join(map(str, options))
 
 
 def _check_attention(row: Row, capability) -> None:

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from jaxrl.perf import report
 from jaxrl.perf.baseline import NO_BASELINE, Baseline
-from jaxrl.perf.results import KEYS, make_result
+from jaxrl.perf.results import KEYS, job_of, make_result
 from jaxrl.perf.rows import parse_row, proxy_row
 from jaxrl.perf.runner import Job
 
@@ -127,6 +127,17 @@ def test_results_have_the_promised_keys_first_and_no_nan():
     assert r["hfu_pct"] is None and r["num_layers"] == 3 and r["status"] == "ok"
     failed = result(error="boom")
     assert (failed["status"], failed["error"], failed["tps"]) == ("failed", "boom", None)
+
+
+def test_results_from_before_a_row_had_all_its_keys_are_read():
+    old = {k: v for k, v in result().items() if k != "cp_method"}
+    assert job_of(old) == Job(ROW, "planned")
+
+
+def test_context_method_is_shown_where_it_is_no_default():
+    rows = (f"rl full 16384 recompute fa2 8xH100 {axes}" for axes in ("cp2", "cp2 ring"))
+    cells = [shown(result(row=parse_row("Qwen3-0.6B", row)))["CP"].text for row in rows]
+    assert cells == ["2", "2 ring"]
 
 
 def test_kernels_that_their_gpu_has_not_validated_are_named(monkeypatch):

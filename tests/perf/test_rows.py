@@ -8,6 +8,7 @@ from jaxrl.config import ConfigError
 from jaxrl.perf.rows import Row, check_rows, filter_rows, parse_row, proxy_row
 
 MODEL = "Qwen3-0.6B"
+MOE = "Qwen3-30B-A3B-Instruct-2507"
 LORA = "rl lora16 16384 recompute fa3 8xH100"
 
 
@@ -19,7 +20,10 @@ def test_parse():
     row = parse_row(MODEL, LORA + " ep2 cp4")
     assert row == Row(MODEL, "rl", 16, 16384, "recompute", "fa3", 2, 4, 8, "H100")
     assert row.title == LORA + " ep2 cp4"
-    assert parse_row(MODEL, row.title) == row
+    assert parse_row(MODEL, row.title) == row == parse_row(MODEL, row.title + " ulysses")
+    ring = parse_row(MODEL, LORA.replace("fa3", "fa2") + " cp4 ring")
+    assert ring.title.endswith("8xH100 cp4 ring") and parse_row(MODEL, ring.title) == ring
+    assert (row.num_hosts, parse_row(MODEL, LORA.replace("8x", "12x")).num_hosts) == (1, 2)
     assert (row.label, row.hardware) == ("RL LoRA(r=16)", "8xH100")
     assert parse_row(MODEL, "sft full 8192 none xla 1xB200").label == "SFT Full"
 
@@ -31,6 +35,7 @@ def test_parse():
         ("rl full 16384 recompute fa3 H100", "cannot read row"),
         ("rl half 16384 recompute fa3 1xH100", "cannot read row"),
         (LORA + " tp2", "cannot read row"),
+        (LORA + " ring cp2", "cannot read row"),
         ("dpo full 16384 recompute fa3 1xH100", "unknown type 'dpo'; one of rl, sft"),
         ("rl full 16384 some fa3 1xH100", "unknown ac 'some'; one of none, recompute"),
         ("rl full 16384 none fa5 1xH100", "unknown attn 'fa5'; one of fa2, fa3"),
@@ -70,7 +75,24 @@ def test_unreadable_rows(text, words):
             "rl full 128 none fa3 8xH100 ep2",
             "ep 2 needs experts, and Qwen3-0.6B is dense; use ep 1",
         ),
-        ("rl full 128 none fa3 8xH100 cp2", "context parallelism is not supported yet; use cp 1"),
+        ("rl full 512 none fa3 8xH100 cp3", "cp 3 does not divide 8 GPUs; use 1 or 2 or 4 or 8"),
+        (
+            "rl full 512 none fa3 8xH100 ep4 cp4",
+            "ep 4 x cp 4 does not divide 8 GPUs; beside ep 4 use cp 1 or 2",
+        ),
+        (
+            "rl full 384 none fa3 8xH100 cp2",
+            "cp 2 leaves no multiple of 128 of seq_len 384 to a device; use cp 1, or seq_len 512",
+        ),
+        (
+            "rl full 4096 none fa3 32xH100 cp32",
+            "does not split num_heads 16 with num_kv_heads 8; use one of [1, 2, 4, 8, 16], or the "
+            "context method 'ring'",
+        ),
+        (
+            "rl full 512 none fa3 8xH100 cp2 ring",
+            "attention fa3 cannot run in a ring; use ulysses, or ring with fa2 or triton or xla",
+        ),
     ],
 )
 def test_impossible_rows(text, words):
@@ -78,6 +100,35 @@ def test_impossible_rows(text, words):
         check_rows(rows(text))
     assert words in str(error.value)
     assert str(error.value).startswith(f"row '{text}': ")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "rl full 128 none fa3 12xH100 ep4",
+            "128 experts do not spread evenly over 12 GPUs; use 4 or 8 or 16 or 32 or 64 or 128 "
+            "GPUs, or ep 1",
+        ),
+        ("rl full 128 none fa3 12xH100 ep3", "use an ep that divides 128, or ep 1"),
+    ],
+)
+def test_experts_are_divided_over_all_gpus(text, words):
+    with pytest.raises(ConfigError) as error:
+        check_rows([parse_row(MOE, text)])
+    assert words in str(error.value)
+
+
+def test_a_ring_needs_devices():
+    with pytest.raises(ConfigError, match="ring splits sequences over devices; add cp2 or more"):
+        check_rows(rows(LORA.replace("fa3", "fa2") + " ring"))
+
+
+def test_parallel_rows_that_run():
+    texts = ("ep8", "ep2 cp4", "cp8", "ep4 cp2")
+    check_rows([parse_row(MOE, f"{LORA} {axes}") for axes in texts])
+    check_rows(rows(*(f"{LORA.replace('fa3', 'fa2')} cp{n} ring" for n in (2, 8))))
+    check_rows([parse_row("INTELLECT-3", "rl full 16384 recompute fa3 64xH200 ep8 cp2")])
 
 
 def test_unknown_model():
