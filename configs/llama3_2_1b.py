@@ -1,6 +1,6 @@
 """Llama-3.2-1B-Instruct: its rows of the published benchmark table."""
 
-from jaxrl.config import BenchConfig, default_config
+from jaxrl.config import table_config
 
 TABLE = (
     "rl lora16 16384 recompute fa4 8xB200",
@@ -10,4 +10,4 @@ TABLE = (
 
 def get_config(rows: str = ""):
     """`rows` filters the table: `--config=configs/llama3_2_1b.py:gpu=B200`."""
-    return default_config(BenchConfig, model="Llama-3.2-1B-Instruct", table=TABLE, rows=rows)
+    return table_config("Llama-3.2-1B-Instruct", TABLE, rows)

@@ -1,6 +1,6 @@
 """Qwen3-0.6B: its rows of the published benchmark table."""
 
-from jaxrl.config import BenchConfig, default_config
+from jaxrl.config import table_config
 
 TABLE = (
     "rl full 16384 recompute fa3 1xH100",
@@ -22,4 +22,4 @@ TABLE = (
 
 def get_config(rows: str = ""):
     """`rows` filters the table: `--config=configs/qwen3_0_6b.py:gpu=H100`."""
-    return default_config(BenchConfig, model="Qwen3-0.6B", table=TABLE, rows=rows)
+    return table_config("Qwen3-0.6B", TABLE, rows)

@@ -7,7 +7,10 @@ Imports no JAX: `--help` and bad input must answer at once. Declared and filled 
 # ruff: noqa: RUF009 - `option` and `group` are dataclasses.field
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
+
+from ml_collections import ConfigDict
 
 from jaxrl.options import (
     ConfigError,
@@ -20,7 +23,7 @@ from jaxrl.options import (
     options_table,
 )
 
-__all__ = ["ConfigError", "default_config", "from_config", "options_table"]
+__all__ = ["ConfigError", "default_config", "from_config", "options_table", "table_config"]
 
 Type = Literal["rl", "sft"]
 ActivationCheckpointing = Literal["none", "recompute", "selective", "offload"]
@@ -232,6 +235,22 @@ class BenchConfig:
         at_least(self, 1, "profile_steps", "warmup_steps", "micro_batches")
         at_least(self, 10, "steps")
         above(self, 0, "time_limit_s", "join_timeout_s")
+
+
+def table_config(
+    model: str, table: Sequence[str], arg: str = "", extra: Sequence[str] = ()
+) -> ConfigDict:
+    """The ConfigDict of a benchmark table, for a config file's `get_config(arg)`.
+
+    arg: a filter of rows as `BenchConfig.rows`; with "extra" before it, or alone, of the rows
+    `extra` instead of those of `table`.
+    """
+    first, _, rest = arg.partition(",")
+    if first.strip() == "extra":
+        if not extra:
+            raise ConfigError(f"{model or 'this table'} has no extra rows; leave 'extra' out")
+        table, arg = extra, rest
+    return default_config(BenchConfig, model=model, table=tuple(table), rows=arg)
 
 
 def check_seq_len(seq_len: int) -> None:

@@ -6,7 +6,7 @@ import runpy
 
 import pytest
 
-from jaxrl.config import BenchConfig, from_config
+from jaxrl.config import BenchConfig, ConfigError, from_config
 from jaxrl.models.presets import PRESETS
 from jaxrl.perf.baseline import load_baselines
 from jaxrl.perf.rows import check_rows, filter_rows, parse_row
@@ -18,7 +18,11 @@ COUNTS = {
     "llama3_1_8b": 2,
     "llama3_2_1b": 2,
     "llama3_2_3b": 2,
+    "qwen3_30b_a3b": 18,
+    "qwen3_235b_a22b": 2,
+    "intellect_3": 9,
 }
+EXTRA = {"qwen3_4b": 4, "qwen3_30b_a3b": 3, "qwen3_235b_a22b": 3, "intellect_3": 1}
 
 
 def read(name, *args):
@@ -42,6 +46,22 @@ def test_the_argument_filters():
     config = read("qwen3_4b", "gpu=H100,num_gpus=1")
     rows = [parse_row(config.model, text) for text in config.table]
     assert {row.hardware for row in filter_rows(rows, config.rows)} == {"1xH100"}
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_extra_rows_come_when_asked_for_and_were_never_published(name):
+    config = read(name, "extra")
+    rows = [parse_row(config.model, text) for text in config.table]
+    assert len(rows) == len(set(rows)) == EXTRA[name]
+    assert config.rows == "" and not set(rows) & set(load_baselines("prime_rl"))
+    check_rows(rows)
+
+
+def test_extra_rows_are_filtered_too():
+    assert read("qwen3_4b", "extra,gpu=H100").rows == "gpu=H100"
+    assert read("qwen3_4b", "extra, cp=8").table == read("qwen3_4b", "extra").table
+    with pytest.raises(ConfigError, match=r"Qwen3-0\.6B has no extra rows; leave 'extra' out"):
+        read("qwen3_0_6b", "extra")
 
 
 def test_baseline_counts_the_training_step_of_rl_full_alone():
