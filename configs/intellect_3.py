@@ -22,5 +22,5 @@ EXTRA = ("rl full 16384 recompute fa3 64xH200",)
 
 
 def get_config(rows: str = ""):
-    """`rows` filters the table (`:gpu=B200`), or the extra rows (`:extra`, `:extra,num_gpus=64`)."""
+    """`rows` filters the table (`:gpu=B200`), or the extra rows (`:extra`, `:extra,gpu=H200`)."""
     return table_config("INTELLECT-3", TABLE, rows, EXTRA)

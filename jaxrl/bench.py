@@ -22,6 +22,7 @@ from rich.console import Console
 
 from jaxrl import cli
 from jaxrl.config import BenchConfig, ConfigError
+from jaxrl.models.presets import preset
 from jaxrl.monitor import Monitor
 from jaxrl.parallel import distributed
 from jaxrl.perf import report
@@ -31,7 +32,7 @@ from jaxrl.perf.hardware import gpu, local_gpus
 from jaxrl.perf.hosts import Team, follow
 from jaxrl.perf.provenance import fingerprint, provenance
 from jaxrl.perf.results import NUMBER_KEYS, Result, Store, job_of, make_result, write_atomic
-from jaxrl.perf.rows import Row, check_rows, filter_rows, parse_row, proxy_row
+from jaxrl.perf.rows import Row, check_rows, filter_rows, names, parse_row, proxy_row
 from jaxrl.perf.runner import WORKER, Finished, Job, Progress, run_jobs
 
 
@@ -74,8 +75,8 @@ def lead(config: BenchConfig, team: Team, worker_command: Sequence[str]) -> int:
 
 def table_rows(config: BenchConfig) -> list[Row]:
     """The rows that the config asks for. ConfigError for impossible ones."""
-    if not config.model or not config.table:
-        raise ConfigError("config.model and config.table name no rows; see configs/qwen3_4b.py")
+    if not config.table:
+        raise ConfigError("config.table names no rows; see configs/qwen3_4b.py")
     rows = [parse_row(config.model, text) for text in config.table]
     check_rows(rows)
     return list(dict.fromkeys(filter_rows(rows, config.rows)))
@@ -94,8 +95,9 @@ def plan_jobs(
         Job(row, _mode(row, config, here, everywhere)) for row in rows if config.mode != "proxy"
     ]
     if config.mode in ("auto", "proxy"):
-        # LoRA if there is a choice: full fine-tuning needs 16 bytes of host memory per parameter.
-        row = min(rows, key=lambda row: row.lora_rank == 0)
+        # The smallest model, and LoRA if there is a choice: full fine-tuning needs 16 bytes of host
+        # memory per parameter.
+        row = min(rows, key=lambda row: (preset(row.model).hidden_size, row.lora_rank == 0))
         jobs.append(Job(proxy_row(row, config.proxy.seq_len), "proxy"))
     return sorted(jobs, key=lambda job: ("planned", "measured", "proxy").index(job.mode))
 
@@ -124,8 +126,8 @@ def _mode(row: Row, config: BenchConfig, here: Sequence[str], everywhere: Sequen
         if len(everywhere) > len(here):
             has += f", all hosts {_counted(everywhere)}"
         raise ConfigError(
-            f"config.mode measured: row '{row.title}' needs {row.hardware}, and this host has "
-            f"{has}; use auto or planned"
+            f"config.mode measured: row '{row.model} {row.title}' needs {row.hardware}, and "
+            f"this host has {has}; use auto or planned"
         )
     return "planned"
 
@@ -204,9 +206,10 @@ def show(console: Console, results: Sequence[Result], store: Store) -> None:
         console.print()
         for note in report.notes(group):
             console.print(note, highlight=False, soft_wrap=True)
+    called = names(job_of(result).row for result in results)
     for result in results:
         if result["status"] != "ok":
-            title = f"{job_of(result).row.title} ({result['mode']})"
+            title = f"{called[job_of(result).row]} ({result['mode']})"
             console.print(
                 f"failed: {title}: {result['error']}", markup=False, highlight=False, soft_wrap=True
             )

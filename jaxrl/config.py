@@ -199,10 +199,11 @@ class ProxyConfig:
 class BenchConfig:
     """`python -m jaxrl.bench`: which rows, how, and where results go."""
 
-    model: str = option("", "Name of a preset, e.g. Qwen3-0.6B.")
+    model: str = option("", "Preset of rows that name none, e.g. Qwen3-0.6B.")
     table: tuple[str, ...] = option(
         (),
-        "Rows, each like `rl lora16 16384 recompute fa3 8xH100` (`full` for no LoRA).",
+        "Rows, each like `rl lora16 16384 recompute fa3 8xH100` (`full` for no LoRA), with or "
+        "without a model's name before it.",
     )
     rows: str = option("", "Only rows with these values, e.g. `gpu=H100|A6000,type=rl`.")
     mode: Literal["auto", "planned", "measured", "proxy"] = option(

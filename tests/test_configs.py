@@ -6,10 +6,13 @@ import runpy
 
 import pytest
 
+from jaxrl import bench
 from jaxrl.config import BenchConfig, ConfigError, from_config
 from jaxrl.models.presets import PRESETS
 from jaxrl.perf.baseline import load_baselines
+from jaxrl.perf.provenance import fingerprint
 from jaxrl.perf.rows import check_rows, filter_rows, parse_row
+from jaxrl.perf.runner import Job
 
 ROOT = pathlib.Path(__file__).parents[1]
 COUNTS = {
@@ -62,6 +65,37 @@ def test_extra_rows_are_filtered_too():
     assert read("qwen3_4b", "extra, cp=8").table == read("qwen3_4b", "extra").table
     with pytest.raises(ConfigError, match=r"Qwen3-0\.6B has no extra rows; leave 'extra' out"):
         read("qwen3_0_6b", "extra")
+
+
+def test_published_is_the_whole_page_in_its_order():
+    config = read("published")
+    rows = bench.table_rows(config)
+    assert config.model == ""
+    assert rows == list(load_baselines("prime_rl"))
+    assert len(rows) == 70 and len({row.model for row in rows}) == len(COUNTS)
+    assert len(bench.table_rows(read("published", "extra"))) == sum(EXTRA.values())
+    one = bench.table_rows(read("published", "model=Qwen3-0.6B,gpu=H100"))
+    assert one == bench.table_rows(read("qwen3_0_6b", "gpu=H100"))
+
+
+def test_every_config_is_counted_here():
+    texts = {path.stem: path.read_text() for path in (ROOT / "configs").glob("*.py")}
+    assert {name for name, text in texts.items() if "table_config" in text} == {
+        *COUNTS,
+        "published",
+    }
+
+
+def test_a_run_over_several_models_has_one_proxy_of_the_smallest():
+    jobs = bench.plan_jobs(read("published"), [])
+    (proxy,) = (job.row for job in jobs if job.mode == "proxy")
+    assert (proxy.model, proxy.lora_rank) == ("Qwen3-0.6B", 16)
+
+
+def test_a_result_is_reused_whichever_config_named_its_row():
+    (row,) = bench.table_rows(read("llama3_2_1b", "seq_len=16384"))
+    prints = {fingerprint(Job(row, "planned"), read(name)) for name in ("published", "llama3_2_1b")}
+    assert len(prints) == 1
 
 
 def test_baseline_counts_the_training_step_of_rl_full_alone():

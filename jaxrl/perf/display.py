@@ -12,6 +12,7 @@ from rich.text import Text
 
 from jaxrl.perf.report import brief
 from jaxrl.perf.results import Result
+from jaxrl.perf.rows import names
 from jaxrl.perf.runner import Event, Finished, Job, Progress, Started
 
 
@@ -21,7 +22,8 @@ class Display:
     def __init__(self, console: Console, jobs: Sequence[Job], done: int = 0):
         self.console, self.total, self.done = console, len(jobs), done
         self.failed = 0
-        self.title_width = max((len(job.row.title) for job in jobs), default=0)
+        self.names = names(job.row for job in jobs)
+        self.name_width = max(map(len, self.names.values()), default=0)
         self.running: dict[Job, tuple[float, Progress]] = {}
         self.begin = time.monotonic()
         self.live = Live(console=console, transient=True, refresh_per_second=8)
@@ -62,7 +64,7 @@ class Display:
         self._line(job, mark, f"{brief(result)}  ({how})", "" if ok else "red")
 
     def _line(self, job: Job, mark: str, text: str, style: str = "") -> None:
-        line = f"{mark}  {job.mode:<8}  {job.row.title:<{self.title_width}}  {text}"
+        line = f"{mark}  {job.mode:<8}  {self.names[job.row]:<{self.name_width}}  {text}"
         self.console.print(escape(line), style=style, highlight=False, soft_wrap=True)
 
     def _running_table(self) -> Group:
@@ -71,7 +73,7 @@ class Display:
             seconds = f"{time.monotonic() - start:.0f} s"
             steps = f" {progress.step}/{progress.of}" if progress.of else ""
             table.add_row(
-                Spinner("line"), job.mode, job.row.title, f"{progress.stage}{steps}", seconds
+                Spinner("line"), job.mode, self.names[job.row], f"{progress.stage}{steps}", seconds
             )
         waiting = self.total - self.done - len(self.running)
         minutes, seconds = divmod(int(time.monotonic() - self.begin), 60)

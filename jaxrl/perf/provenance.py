@@ -33,7 +33,7 @@ PACKAGES = (
 )
 # Options that say where results go or which rows run, not what a row's numbers are.
 _NOT_SETTINGS = (
-    *("table", "rows", "mode", "output", "resume", "baseline", "jobs", "time_limit_s"),
+    *("model", "table", "rows", "mode", "output", "resume", "baseline", "jobs", "time_limit_s"),
     "join_timeout_s",
 )
 _ONLY_MEASURED = ("warmup_steps", "steps", "profile", "profile_steps", "seed")

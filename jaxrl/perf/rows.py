@@ -18,7 +18,7 @@ CPU = "CPU"
 GPUS_PER_HOST = 8
 
 _SYNTAX = (
-    "write 'rl|sft full|loraRANK SEQ_LEN AC ATTN COUNTxGPU [epN] [cpN [ulysses|ring]]', "
+    "write '[MODEL] rl|sft full|loraRANK SEQ_LEN AC ATTN COUNTxGPU [epN] [cpN [ulysses|ring]]', "
     "e.g. 'rl lora16 16384 recompute fa3 8xH100'"
 )
 
@@ -85,8 +85,13 @@ class Row:
 
 
 def parse_row(model: str, text: str) -> Row:
-    """The row that `text` ("rl lora16 16384 recompute fa3 8xH100") describes."""
+    """The row that `text` ("rl lora16 16384 recompute fa3 8xH100") describes.
+
+    It is `model`'s, unless the text begins with the name of another.
+    """
     parts = text.split()
+    if len(parts) > 1 and parts[0] not in TYPES and parts[1] in TYPES:
+        model = parts.pop(0)
     problem = ConfigError(f"cannot read row {text!r}; {_SYNTAX}")
     if len(parts) < 6:
         raise problem
@@ -105,6 +110,8 @@ def parse_row(model: str, text: str) -> Row:
     ):
         if value not in known:
             raise ConfigError(f"row {text!r}: unknown {name} {value!r}; one of {', '.join(known)}")
+    if not model:
+        raise ConfigError(f"row {text!r}: of which model? begin with its name, or set config.model")
     if method == "lora0":
         raise ConfigError(f"row {text!r}: LoRA rank 0 has no adapters; write 'full'")
     return Row(
@@ -119,6 +126,13 @@ def parse_row(model: str, text: str) -> Row:
         cp_method=method_of_cp,  # type: ignore[arg-type]
         **sizes,
     )
+
+
+def names(rows: Iterable[Row]) -> dict[Row, str]:
+    """What to call each row: its title, behind the model's name where there are several models."""
+    rows = list(rows)
+    several = len({row.model for row in rows}) > 1
+    return {row: f"{row.model} {row.title}" if several else row.title for row in rows}
 
 
 def filter_rows(rows: Sequence[Row], text: str) -> list[Row]:
@@ -163,11 +177,11 @@ def proxy_row(row: Row, seq_len: int) -> Row:
 
 def check_rows(rows: Iterable[Row]) -> None:
     """Raise ConfigError for the first row that can never run, naming value and way out."""
-    for row in rows:
+    for row, name in names(rows).items():
         try:
             _check_row(row)
         except ValueError as error:
-            raise ConfigError(f"row '{row.title}': {error}") from None
+            raise ConfigError(f"row '{name}': {error}") from None
 
 
 def _check_row(row: Row) -> None:

@@ -134,6 +134,16 @@ def test_results_from_before_a_row_had_all_its_keys_are_read():
     assert job_of(old) == Job(ROW, "planned")
 
 
+def test_a_page_of_several_models_is_grouped_by_them_in_their_order():
+    models = ("Qwen3-4B-Instruct-2507", "Qwen3-0.6B")
+    texts = (f"{models[i]} rl full {n} none fa3 8xH100" for i, n in ((0, 128), (1, 256), (0, 384)))
+    rows = [parse_row("", text) for text in texts]
+    page = report.markdown([result(row=row) for row in rows])
+    lines = [line for line in page.splitlines() if line.startswith(("## ", "| RL"))]
+    found = [line.removeprefix("## ") if line[0] == "#" else line.split("|")[2] for line in lines]
+    assert found == [models[0], " 128 ", " 384 ", models[1], " 256 "]
+
+
 def test_context_method_is_shown_where_it_is_no_default():
     rows = (f"rl full 16384 recompute fa2 8xH100 {axes}" for axes in ("cp2", "cp2 ring"))
     cells = [shown(result(row=parse_row("Qwen3-0.6B", row)))["CP"].text for row in rows]

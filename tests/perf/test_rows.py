@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from jaxrl.config import ConfigError
-from jaxrl.perf.rows import Row, check_rows, filter_rows, parse_row, proxy_row
+from jaxrl.perf.rows import Row, check_rows, filter_rows, names, parse_row, proxy_row
 
 MODEL = "Qwen3-0.6B"
 MOE = "Qwen3-30B-A3B-Instruct-2507"
@@ -174,6 +174,21 @@ def test_filter_that_finds_nothing_says_what_there_is(text, words):
     with pytest.raises(ConfigError) as error:
         filter_rows(rows(LORA), text)
     assert words in str(error.value)
+
+
+def test_a_row_may_name_its_model():
+    assert parse_row("", f"{MODEL} {LORA}") == parse_row(MODEL, LORA)
+    assert parse_row(MODEL, f"{MOE} {LORA}").model == MOE
+    with pytest.raises(ConfigError, match=r"of which model\? begin with its name, or set config"):
+        parse_row("", LORA)
+    with pytest.raises(ConfigError, match=r"unknown model 'Qwen3-0.6'; did you mean Qwen3-0\.6B"):
+        check_rows([parse_row(MODEL, f"Qwen3-0.6 {LORA}")])
+
+
+def test_rows_of_several_models_are_called_by_theirs():
+    both = [parse_row(MODEL, LORA), parse_row(MOE, LORA)]
+    assert list(names(both[:1]).values()) == [LORA]
+    assert list(names(both).values()) == [f"{MODEL} {LORA}", f"{MOE} {LORA}"]
 
 
 def test_proxy_row():
