@@ -4,6 +4,7 @@ the workers run in different environments.
 
 import json
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -42,6 +43,22 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def parse_variant(text):
+    """(options, environment variables) of a contender: "name=value,..."; capitals are variables."""
+    pairs = dict(pair.split("=", 1) for pair in text.split(",") if pair)
+    capitals = {k: v for k, v in pairs.items() if k.isupper()}
+    return {k: v for k, v in pairs.items() if k not in capitals}, capitals
+
+
+def host():
+    model = "unknown"
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {"cpu": model, "cores": os.cpu_count()}
 
 
 def serve(commands):

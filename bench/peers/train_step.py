@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 
-from protocol import Worker
+from protocol import Worker, host, parse_variant
 
 HERE = pathlib.Path(__file__).parent
 CHECKED_STEPS = 3
@@ -84,10 +84,9 @@ class Contender:
     """A variant of one side, running."""
 
     def __init__(self, side, text, start_worker):
-        pairs = dict(pair.split("=", 1) for pair in text.split(",") if pair)
+        self.options, environment = parse_variant(text)
         self.side, self.name = side, f"{side} {text}".strip()
-        self.options = {k: v for k, v in pairs.items() if not k.isupper()}
-        self.worker = start_worker({k: v for k, v in pairs.items() if k.isupper()})
+        self.worker = start_worker(environment)
         self.turns, self.cpu_turns, self.losses = [], [], []
 
     def run(self, steps):
@@ -212,15 +211,6 @@ def report(c, peer, flops, peak):
         "losses": c.losses[:CHECKED_STEPS],
         "info": {k: c.info[k] for k in keep if k in c.info},
     }
-
-
-def host():
-    model = "unknown"
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return {"cpu": model, "cores": os.cpu_count()}
 
 
 def show(result):
