@@ -104,7 +104,7 @@ def test_modes(run, monkeypatch):
     ("args", "words"),
     [
         ([], "no --config given; e.g. --config=configs/qwen3_4b.py (--help for more)"),
-        (["--config=no.py"], "no config file 'no.py'; there are configs/llama3_1_8b.py, "),
+        (["--config=no.py"], "no config file 'no.py'; there are configs/intellect_3.py, "),
         ([CONFIG, "--config.stps=3"], "unknown key config.stps; did you mean config.steps?"),
         ([CONFIG, "--config.steps=x"], "config.steps is 'x'; it takes a whole number"),
         ([CONFIG, "--config.output"], "--config.output has no value"),
