@@ -129,6 +129,7 @@ class StepConfig:
         "ulysses", "How attention works over the context axis."
     )
     routing: Literal["model", "balanced", "zipf"] = option("model", "Who chooses experts.")
+    offload_optimizer: bool = option(False, "Optimizer state in the host's pinned memory.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +160,11 @@ class TrainConfig:
         "Who chooses experts: the model's routers, or benchmarks' even (`balanced`) or uneven "
         "(`zipf`) draws.",
     )
+    offload_optimizer: bool = option(
+        False,
+        "Adam's moments live in the host's pinned memory and visit the GPU layer by layer (full "
+        "fine-tuning).",
+    )
 
     def __post_init__(self):
         above(self, 0, "temperature")
@@ -176,6 +182,7 @@ class TrainConfig:
             "grouped_matmul",
             "router_bias_rate",
             "routing",
+            "offload_optimizer",
         )
         values = {name: getattr(self, name) for name in shared}
         return StepConfig(type=type, ac=ac, attention=attention, **values)

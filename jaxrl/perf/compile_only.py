@@ -161,8 +161,9 @@ def compile_for(lowered: jax.stages.Lowered, **options: bool | int | str) -> jax
 class Memory:
     """Bytes that one device needs for one run of a program, by XLA's buffer assignment.
 
-    `alias` is the part of `output` that reuses donated arguments; `host_temp` is pinned host
-    memory (offloaded activations). Code, the CUDA context and NCCL's buffers are not in it.
+    `alias` is the part of `output` that reuses donated arguments. The host's are pinned memory:
+    `host_temp` of offloaded activations, the others of offloaded optimizer state. Code, the CUDA
+    context and NCCL's buffers are not in it.
     """
 
     argument: int
@@ -170,6 +171,9 @@ class Memory:
     alias: int
     temp: int
     host_temp: int
+    host_argument: int = 0
+    host_output: int = 0
+    host_alias: int = 0
 
     @property
     def peak(self) -> int:
@@ -180,12 +184,20 @@ class Memory:
         return self.peak / GiB
 
     @property
+    def host(self) -> int:
+        return self.host_argument + self.host_output - self.host_alias + self.host_temp
+
+    @property
     def host_gib(self) -> float:
-        return self.host_temp / GiB
+        return self.host / GiB
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
-    """What `compiled` needs per device. Arguments in pinned host memory count as device memory."""
+    """What `compiled` needs per device.
+
+    An argument counts as the host's only where its sharding kept `pinned_host`: over compile-only
+    devices `NamedSharding` drops it silently, over an abstract mesh it does not.
+    """
     m = compiled.memory_analysis()
     if m is None:
         raise ValueError("the compiler gave no memory analysis for this program")
@@ -195,4 +207,7 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
         alias=m.alias_size_in_bytes,
         temp=m.temp_size_in_bytes,
         host_temp=m.host_temp_size_in_bytes,
+        host_argument=m.host_argument_size_in_bytes,
+        host_output=m.host_output_size_in_bytes,
+        host_alias=m.host_alias_size_in_bytes,
     )

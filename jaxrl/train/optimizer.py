@@ -3,6 +3,7 @@
 import optax
 
 from jaxrl.config import OptimizerConfig
+from jaxrl.train.offload import streamed
 
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -23,11 +24,17 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """clip by global norm -> Adam -> decoupled weight decay (arXiv:1711.05101) -> -lr(step)."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
+def make_optimizer(
+    config: OptimizerConfig, *, stream: bool = False
+) -> optax.GradientTransformation:
+    """clip by global norm -> Adam -> decoupled weight decay (arXiv:1711.05101) -> -lr(step).
+
+    stream: the same, layer by layer, for moments in host memory.
+    """
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    by_layer = (
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule(config)),
     )
+    return streamed(clip, optax.chain(*by_layer)) if stream else optax.chain(clip, *by_layer)

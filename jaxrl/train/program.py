@@ -19,6 +19,7 @@ from jaxrl.models.params import nest, specs
 from jaxrl.models.transformer import Transformer, merge_trees
 from jaxrl.ops.grouped_matmul import composed
 from jaxrl.parallel.context import check_context
+from jaxrl.train.offload import HOST
 from jaxrl.train.optimizer import make_optimizer
 from jaxrl.train.state import StateLayout, TrainState
 from jaxrl.train.step import BATCH_SPEC, Batch, TrainStep
@@ -83,7 +84,11 @@ def build_program(
     if lora_rank:
         add_lora(decoder, LoraConfig(lora_rank, lora.alpha, lora.targets))
     layout = StateLayout(
-        decoder, make_optimizer(optimizer), mesh, frozen_dtype=jnp.dtype(step.compute_dtype)
+        decoder,
+        make_optimizer(optimizer, stream=step.offload_optimizer),
+        mesh,
+        frozen_dtype=jnp.dtype(step.compute_dtype),
+        offload_optimizer=step.offload_optimizer,
     )
     check_context(
         step.context_method,
@@ -99,11 +104,11 @@ def build_program(
 def floor_bytes(program: Program) -> int:
     """Bytes per device below which this run cannot go without recomputing or offloading more.
 
-    State (parameters, optimizer, fp32 gradients) + the layers' saved inputs + one layer's working
-    set in backward: attention's q, k, v, output and their cotangents, the layer's input and its
-    cotangent, the layer's whole weights (of the experts those of the device's own) and, where they
-    learn, their fp32 gradient. MLP, experts and head work in chunks of tokens, which can be made as
-    small as one likes, so they add nothing.
+    State (parameters, optimizer if on the device, fp32 gradients) + the layers' saved inputs + one
+    layer's working set in backward: attention's q, k, v, output and their cotangents, the layer's
+    input and its cotangent, the layer's whole weights (of the experts those of the device's own)
+    and, where they learn, their fp32 gradient. MLP, experts and head work in chunks of tokens,
+    which can be made as small as one likes, so they add nothing.
     """
     layout, config = program.layout, program.layout.model.config
     itemsize = jnp.dtype(program.step.config.compute_dtype).itemsize
@@ -113,6 +118,7 @@ def floor_bytes(program: Program) -> int:
         return sum(
             math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
             for s in jax.tree.leaves(tree)
+            if s.sharding.memory_kind != HOST
         )
 
     tokens = program.rows * program.seq_len // layout.mesh.size

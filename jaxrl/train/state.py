@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrl.models.params import Buffer, initial_value, nest, specs
 from jaxrl.models.transformer import Transformer
 from jaxrl.parallel.sharding import check_divides, partition_spec
+from jaxrl.train.offload import on_host
 
 
 @jax.tree_util.register_dataclass
@@ -34,15 +35,22 @@ class StateLayout:
     """Shapes and shardings of a model's `TrainState` on a mesh; allocates nothing.
 
     With LoRA variables in the model only they learn, and the base is held in `frozen_dtype`
-    (`ParamSpec.fp32` ones in fp32).
+    (`ParamSpec.fp32` ones in fp32). With `offload_optimizer` the optimizer's moments live in pinned
+    host memory, and `optimizer` is to be one that streams them.
     """
 
     model: Transformer
     optimizer: optax.GradientTransformation
     mesh: Mesh
     frozen_dtype: Any = jnp.bfloat16
+    offload_optimizer: bool = False
 
     def __post_init__(self):
+        if self.offload_optimizer and self.is_lora:
+            raise ValueError(
+                "offload_optimizer has nothing to gain with LoRA, whose optimizer state is small; "
+                "turn it off"
+            )
         for path, spec in specs(self.model).items():
             check_divides(path, spec, self.mesh)
 
@@ -89,7 +97,11 @@ class StateLayout:
         opt_state = jax.eval_shape(self.optimizer.init, params)
         opt_state = optax.tree.map_params(
             self.optimizer,
-            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p.sharding),
+            lambda s, p: jax.ShapeDtypeStruct(
+                s.shape,
+                s.dtype,
+                sharding=on_host(p.sharding) if self.offload_optimizer else p.sharding,
+            ),
             opt_state,
             params,
             transform_non_params=self._replicated,

@@ -4,6 +4,7 @@ The compilers run in one subprocess (this file as a script), which prints what i
 kernel that XLA cannot take aborts the process, and the tests' own JAX may run on another platform.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -55,6 +56,18 @@ def test_offload_moves_exactly_the_layer_inputs_to_pinned_host_memory(seen):
     assert offloaded["temp"] < kept["temp"]
 
 
+def test_an_argument_lives_in_host_memory_if_its_sharding_says_so(seen):
+    case = seen["host argument"]
+    whole = L * T * D * 4 // 8
+    memory = case["memory"]
+    assert memory["host_argument"] == memory["host_output"] == memory["host_alias"] == whole
+    assert memory["argument"] == whole  # the other one
+    assert memory["temp"] < whole and memory["host_temp"] == 0
+    assert case["host"] == whole and "S(5)}, f32[" in case["text"].splitlines()[0]
+    # Once this fails, jaxrl.train.offload.on_host needs no abstract mesh.
+    assert seen["kind over compile-only devices"] is None
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_cudnn_attention_compiles_forward_and_backward(seen, gpu, head_dim):
@@ -89,6 +102,8 @@ def test_as_device_leaves_nothing_behind(seen):
 def test_peak_counts_donated_memory_once():
     m = Memory(argument=10, output=7, alias=5, temp=100, host_temp=3)
     assert m.peak == 112 and m.peak_gib == 112 / 2**30 and m.host_gib == 3 / 2**30
+    m = dataclasses.replace(m, host_argument=20, host_output=22, host_alias=20)
+    assert m.peak == 112 and m.host_gib == 25 / 2**30
 
 
 def test_missing_packages_are_one_clear_line(monkeypatch):
@@ -113,7 +128,6 @@ def test_unknown_gpu():
 
 def main():
     compile_only.prepare_environment()
-    import dataclasses
 
     import jax
     import jax.numpy as jnp
@@ -125,14 +139,23 @@ def main():
     from jax.sharding import AxisType, Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    def compile_on(gpu, num_gpus, fn, *args, donate=()):
-        """`args`: (shape, dtype, partition spec)."""
+    from jaxrl.train.offload import on_host
+
+    def compile_on(gpu, num_gpus, fn, *args, donate=(), host=None):
+        """`args`: (shape, dtype, partition spec). host: which one is in host memory, and returned
+        there."""
         devices = compile_only.topology(gpu, num_gpus)
         mesh = Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
         args = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, p)) for s, d, p in args]
+        out = None
+        if host is not None:
+            dropped = args[host].sharding.with_memory_kind("pinned_host")
+            seen["kind over compile-only devices"] = dropped.memory_kind
+            out = on_host(args[host].sharding)
+            args[host] = args[host].update(sharding=out)
         with compile_only.as_device(mesh), compile_only.cudnn_assumed():
             asked = backend.get_default_device().device_kind
-            lowered = jax.jit(fn, donate_argnums=donate).lower(*args)
+            lowered = jax.jit(fn, donate_argnums=donate, out_shardings=out).lower(*args)
         compiled = compile_only.compile_for(lowered)
         m = compile_only.memory(compiled)
         return {
@@ -140,6 +163,7 @@ def main():
             "arch": "sm_" + devices[0].compute_capability.replace(".", ""),
             "memory": dataclasses.asdict(m),
             "peak": m.peak,
+            "host": m.host,
             "text": compiled.as_text(),
         }
 
@@ -158,6 +182,17 @@ def main():
             return jnp.sum(jax.lax.scan(jax.checkpoint(body, policy=policy), x, ws)[0])
 
         return jax.grad(loss)
+
+    def stream(moments, gradients):
+        """Moments averaged in place, one layer on the device at a time."""
+
+        def body(i, moments):
+            here = jax.lax.dynamic_slice_in_dim(moments, i, 1)
+            new = 0.9 * jax.device_put(here, jax.memory.Space.Device) + gradients[i]
+            new = jax.device_put(new, jax.memory.Space.Host)
+            return jax.lax.dynamic_update_slice_in_dim(moments, new, i, 0)
+
+        return jax.lax.fori_loop(0, L, body, moments)
 
     def attention_loss(q, k, v):
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
@@ -193,6 +228,8 @@ def main():
     ):
         layers = (((L, D, D), jnp.float32, P()), ((T, D), jnp.float32, P()))
         seen[name] = compile_on("H100", 1, scanned(policy), *layers)
+    state = ((L, T, D), jnp.float32, P(None, "fsdp"))
+    seen["host argument"] = compile_on("H100", 8, stream, state, state, donate=0, host=0)
     for gpu in GPUS:
         seen[f"pallas {gpu}"] = compile_on(gpu, 1, add_one, ((128,), jnp.float32, P()))
         for H in HEAD_DIMS:

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from jaxrl.config import BenchConfig
+from jaxrl.config import BenchConfig, TrainConfig
 from jaxrl.perf import compile_only, flops, gathered, hlo, plan, schedule
 from jaxrl.perf.forbidden import forbidden_arrays
 from jaxrl.perf.hardware import GiB, gpu
@@ -16,11 +16,11 @@ MODEL = "Qwen3-0.6B"
 
 
 @functools.cache
-def compiled(text: str):
+def compiled(text: str, **train):
     """(program, compiled for the GPUs of the row, its HLO summary)."""
     row = parse_row(MODEL, text)
     devices = compile_only.topology(row.gpu, row.num_gpus)
-    program = plan.program_for(row, BenchConfig(), devices)
+    program = plan.program_for(row, BenchConfig(train=TrainConfig(**train)), devices)
     with compile_only.as_device(program.layout.mesh), compile_only.cudnn_assumed():
         program_compiled = compile_only.compile_for(program.lower())
     return program, program_compiled, hlo.summarize(program_compiled.as_text() or "")
@@ -107,6 +107,24 @@ def test_offload_puts_the_layers_inputs_into_host_memory():
     memory = compile_only.memory(done)
     assert memory.host_temp >= inputs
     assert memory.peak < floor_bytes(program) + inputs / 3
+
+
+def test_offloaded_optimizer_state_leaves_the_device():
+    program, kept, _ = compiled(EIGHT)
+    offloading, done, _ = compiled(EIGHT, offload_optimizer=True)
+    sizes = [s.size for s in program.layout.trainable_specs.values()]
+    moments = 2 * 4 * sum(sizes) / program.layout.mesh.size
+    before, after = compile_only.memory(kept), compile_only.memory(done)
+    assert before.host == 0
+    assert after.host == pytest.approx(moments, rel=0.01)  # norms are not divided
+    assert before.peak - after.peak >= 0.98 * moments
+    assert before.argument - after.argument == after.host == after.host_argument
+    assert floor_bytes(program) - floor_bytes(offloading) == after.host
+    # Its transfers hide no work from the count.
+    flops = (
+        plan.hardware_flops(p, c.as_text() or "") for p, c in ((program, kept), (offloading, done))
+    )
+    assert len(set(flops)) == 1
 
 
 def test_peak_stays_close_to_the_floor_and_below_the_page():
