@@ -28,7 +28,7 @@ from protocol import Worker, host, parse_variant
 from safetensors.numpy import load_file, save_file
 
 HERE = pathlib.Path(__file__).parent
-PEERS = (  # batched_mm copies weights per row: minutes a step
+PEERS = (  # batched_mm copies weights per row: not done in 10 min
     "experts=grouped_mm",
     "experts=grouped_mm,OMP_WAIT_POLICY=passive",
     "experts=eager,OMP_WAIT_POLICY=passive",

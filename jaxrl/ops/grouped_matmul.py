@@ -39,6 +39,9 @@ def resolve_grouped_matmul(
         compiled_for = {"gpu": target.gpu, "capability": target.capability}
         fused = (triton.grouped_lora_matmul, triton.grouped_swiglu)
         return GroupedOps(name, matmul, *(functools.partial(f, **compiled_for) for f in fused))
+    if name == "xla":
+        swiglu = grouped_matmul_xla.grouped_swiglu
+        return dataclasses.replace(composed(name, matmul), swiglu=swiglu)
     return composed(name, matmul)
 
 

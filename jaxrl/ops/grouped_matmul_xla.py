@@ -1,18 +1,16 @@
 """Grouped matmul in plain XLA operations, for the CPU: a loop over experts, and over their rows.
 
-Rows of an expert are taken BLOCK at a time, and what is left over SMALL at a time. A block may
-reach into the rows of the next experts: forward and for dx those results are overwritten by the
-next block, in the order of the rows; for dw they are multiplied by zeros. So memory is linear, and
-the work is that of the rows, plus half a small block per expert.
+Rows of an expert are taken in blocks, the largest that fit first; only its last block, of the
+smallest kind, may reach into the rows of the next experts, or be moved back where it would reach
+behind the last row: there, what is not the expert's is masked. So memory is linear, and the work is
+that of the rows, plus half a smallest block per expert.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCK, SMALL = 128, 32
+BLOCK, SMALLER = 256, (128, 64, 32, 16)
 # What loops over blocks are called in a compiled program, which does not know how long they are.
 WHOLE, REST = "grouped_matmul_blocks", "grouped_matmul_rest"
 
@@ -26,7 +24,7 @@ def grouped_matmul(
     x holds group_sizes[0] rows of expert 0, then those of expert 1, ...; rows beyond all groups
     yield zeros. The gradient of w has the dtype of w and is not rounded to that of x.
     """
-    return _rows(x, w, group_sizes, "MK,KN->MN")
+    return _rows(x, (w,), group_sizes)
 
 
 def _forward(x, w, group_sizes):
@@ -36,72 +34,115 @@ def _forward(x, w, group_sizes):
 def _backward(residuals, dy):
     x, w, group_sizes = residuals
     dy = dy.astype(x.dtype)
-    return _rows(dy, w, group_sizes, "MN,KN->MK"), _weights(x, dy, group_sizes, w.dtype), None
+    (dw,) = _weights(x, dy, group_sizes, (w,))
+    return _rows(dy, (w,), group_sizes, transposed=True), dw, None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def grouped_swiglu(
+    x: Float[Array, "M K"],
+    w_gate: Float[Array, "E K N"],
+    w_up: Float[Array, "E K N"],
+    group_sizes: Int[Array, "E"],
+) -> Float[Array, "M N"]:
+    """silu(x w_gate[e]) * (x w_up[e]), in one pass over the rows each way; else as above."""
+    return _swiglu(_rows(x, (w_gate, w_up), group_sizes))
+
+
+def _swiglu(both):
+    gate, up = jnp.split(both, 2, axis=1)
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(x, w_gate, w_up, group_sizes):
+    both = _rows(x, (w_gate, w_up), group_sizes)
+    return _swiglu(both), (x, w_gate, w_up, group_sizes, both)
+
+
+def _swiglu_backward(residuals, dy):
+    x, w_gate, w_up, group_sizes, both = residuals
+    (dboth,) = jax.vjp(_swiglu, both)[1](dy.astype(x.dtype))
+    dw_gate, dw_up = _weights(x, dboth, group_sizes, (w_gate, w_up))
+    return _rows(dboth, (w_gate, w_up), group_sizes, transposed=True), dw_gate, dw_up, None
+
+
+grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
 def _over_blocks(start, size, M, body, carry):
-    """body(first row, block, carry) over blocks of a group's rows, from `start` on."""
-    big, small = min(BLOCK, M), min(SMALL, M)
-    whole = size // big
-    with jax.named_scope(WHOLE):
-        carry = jax.lax.fori_loop(0, whole, lambda i, c: body(start + i * big, big, c), carry)
-    start, left = start + whole * big, size - whole * big
+    """body(first row, block, whether rows may be another's, carry) over a group's rows."""
+    for level in (BLOCK, *SMALLER[:-1]):
+        block = min(level, M)
+        whole = size // block
+        with jax.named_scope(WHOLE if level == BLOCK else REST):
+            carry = jax.lax.fori_loop(
+                0, whole, lambda i, c, s=start, b=block: body(s + i * b, b, False, c), carry
+            )
+        start, size = start + whole * block, size - whole * block
+    last = min(SMALLER[-1], M)
     with jax.named_scope(REST):
         return jax.lax.fori_loop(
-            0, -(-left // small), lambda i, c: body(start + i * small, small, c), carry
+            0, -(-size // last), lambda i, c: body(start + i * last, last, True, c), carry
         )
 
 
-def _starts(group_sizes):
-    return jnp.cumsum(group_sizes) - group_sizes
+def _mine(first, block, end, M):
+    """Where a block that must not reach behind row M is read, and which of its rows count."""
+    at = jnp.minimum(first, M - block)
+    rows = at + jnp.arange(block)
+    return at, ((rows >= first) & (rows < end))[:, None]
 
 
-def _padded(x):
-    # A last block may reach behind the last row: a slice there would be moved, not cut.
-    return jnp.pad(x, ((0, min(SMALL, x.shape[0])), (0, 0)))
-
-
-def _rows(x, w, group_sizes, product):
-    M, E = x.shape[0], w.shape[0]
-    padded = _padded(x)
-    multiply = functools.partial(jnp.einsum, product, preferred_element_type=jnp.float32)
-    width = jax.eval_shape(multiply, x, w[0]).shape[1]
-    starts = _starts(group_sizes)
-
-    def expert(e, out):
-        mine = w[e].astype(x.dtype)
-
-        def block(first, rows, out):
-            part = multiply(jax.lax.dynamic_slice_in_dim(padded, first, rows), mine)
-            return jax.lax.dynamic_update_slice_in_dim(out, part.astype(x.dtype), first, 0)
-
-        return _over_blocks(starts[e], group_sizes[e], M, block, out)
-
-    out = jnp.zeros((padded.shape[0], width), x.dtype)
-    out = jax.lax.fori_loop(0, E, expert, out)[:M]
-    return jnp.where((jnp.arange(M) < jnp.sum(group_sizes))[:, None], out, 0)
-
-
-def _weights(x, dy, group_sizes, dtype):
-    M = x.shape[0]
-    x, dy = _padded(x), _padded(dy)
+def _rows(x, ws, group_sizes, *, transposed=False):
+    """x times each expert's ws side by side; transposed: x times the transpose of that."""
+    M, E = x.shape[0], ws[0].shape[0]
+    width = ws[0].shape[1] if transposed else sum(w.shape[2] for w in ws)
     ends = jnp.cumsum(group_sizes)
 
+    def expert(e, out):
+        mine = jnp.concatenate([w[e].astype(x.dtype) for w in ws], axis=1)
+
+        def block(first, rows, shared, out):
+            at, counts = _mine(first, rows, ends[e], M)
+            part = jax.lax.dot_general(
+                jax.lax.dynamic_slice_in_dim(x, at, rows),
+                mine,
+                (((1,), (1 if transposed else 0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            ).astype(x.dtype)
+            if shared:
+                part = jnp.where(counts, part, jax.lax.dynamic_slice_in_dim(out, at, rows))
+            return jax.lax.dynamic_update_slice_in_dim(out, part, at, 0)
+
+        return _over_blocks(ends[e] - group_sizes[e], group_sizes[e], M, block, out)
+
+    return jax.lax.fori_loop(0, E, expert, jnp.zeros((M, width), x.dtype))
+
+
+def _weights(x, dy, group_sizes, ws):
+    """The gradients of ws, whose results stand side by side in dy."""
+    M = x.shape[0]
+    ends = jnp.cumsum(group_sizes)
+    splits = [sum(w.shape[2] for w in ws[:i]) for i in range(1, len(ws))]
+
     def expert(e):
-        def block(first, rows, total):
-            mine = (first + jnp.arange(rows) < ends[e])[:, None]
-            here = jnp.where(mine, jax.lax.dynamic_slice_in_dim(dy, first, rows), 0)
-            there = jnp.where(mine, jax.lax.dynamic_slice_in_dim(x, first, rows), 0)
+        def block(first, rows, shared, total):
+            at, counts = _mine(first, rows, ends[e], M)
+            here = jax.lax.dynamic_slice_in_dim(dy, at, rows)
+            there = jax.lax.dynamic_slice_in_dim(x, at, rows)
+            if shared:
+                here, there = jnp.where(counts, here, 0), jnp.where(counts, there, 0)
             # Transposed apart: XLA's CPU product runs at half speed where it contracts the first
             # dimension of both sides, and would take the transposition in.
             there = jax.lax.optimization_barrier(there.T)
             return total + jnp.matmul(there, here, preferred_element_type=jnp.float32)
 
         zeros = jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32)
-        start = ends[e] - group_sizes[e]
-        return _over_blocks(start, group_sizes[e], M, block, zeros).astype(dtype)
+        total = _over_blocks(ends[e] - group_sizes[e], group_sizes[e], M, block, zeros)
+        parts = jnp.split(total, splits, axis=1)
+        return tuple(part.astype(w.dtype) for part, w in zip(parts, ws, strict=True))
 
     return jax.lax.map(expert, jnp.arange(group_sizes.shape[0]))
