@@ -11,7 +11,9 @@ import os
 # Tests compile far more than they compute: leave LLVM's expensive passes out.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_prefer_vector_width=128 " + os.environ.get("XLA_FLAGS", "")
+    "--xla_cpu_prefer_vector_width=128 "
+    # As the step is compiled (train/step.py): collectives in one order on all virtual devices.
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false " + os.environ.get("XLA_FLAGS", "")
 )
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

@@ -148,6 +148,11 @@ def gpu_options(layer_bytes: int, *, experts: bool) -> dict[str, bool | int | st
     return options
 
 
+# In the order of the schedule: devices of a CPU that begin collectives over different groups in
+# orders of their own wait for each other forever.
+CPU_OPTIONS: dict[str, bool | int | str] = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
 class TrainStep:
     """`step(state, batch) -> (state, metrics)`, jitted and donating the state.
 
@@ -186,6 +191,8 @@ class TrainStep:
                 self._layer_bytes(), experts=bool(layout.model.config.num_experts)
             )
             if backend == "gpu"
+            else CPU_OPTIONS
+            if layout.mesh.size > 1
             else None,
         )
 

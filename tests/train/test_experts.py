@@ -8,13 +8,11 @@ import pytest
 from test_step import plain_loss
 from tiny import TINY, TINY_GLM, TINY_MOE, relative_error, tiny_batch, tiny_program, tiny_state
 
-from jaxrl.train.remat import POLICIES
-
+# One micro-batch where accumulation is not the point: these programs are slow to compile.
 CASES = {
-    "moe": {"type": "sft", "model": TINY_MOE},
     "moe_lora_chunks": {"type": "rl", "model": TINY_MOE, "rank": 4, "experts_chunk": 40},
-    "glm": {"type": "rl", "model": TINY_GLM},
-    "glm_lora": {"type": "sft", "model": TINY_GLM, "rank": 4},
+    "glm": {"type": "rl", "model": TINY_GLM, "micro_batches": 1},
+    "glm_lora": {"type": "sft", "model": TINY_GLM, "rank": 4, "micro_batches": 1},
     "glm_chunks": {"type": "sft", "model": TINY_GLM, "experts_chunk": 48, "mlp_chunk": 40},
 }
 
@@ -23,7 +21,7 @@ CASES = {
 def gradients(name: str, devices: int = 1, **mesh):
     """(gradient, metrics, the batch they are of) of a case on so many devices."""
     program = tiny_program(devices, **CASES[name] | mesh)
-    state, batch = tiny_state(program), tiny_batch(program, packed=name != "moe")
+    state, batch = tiny_state(program), tiny_batch(program, packed=True)
     grads, metrics = jax.jit(program.step.gradients)(state.params, state.frozen, batch)
     return jax.device_get((grads, metrics)), batch
 
@@ -40,15 +38,14 @@ def test_gradient_is_that_of_the_plain_loss(name):
     assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(grads))
 
 
-MESHES = [(e, c) for e in (1, 2, 4, 8) for c in (1, 2, 4, 8) if e * c <= 8]
+# Every mesh of eight, in turns by both context methods; four query heads are not for eight devices.
+MESHES = [("glm", e, c, "ring") for e in (1, 2, 4, 8) for c in (1, 2, 4, 8) if e * c <= 8]
+MESHES += [("moe_lora_chunks", e, c, "ulysses") for e, c in ((1, 4), (2, 2), (8, 1))]
 
 
-@pytest.mark.parametrize(("expert", "context"), MESHES)
-@pytest.mark.parametrize("name", ["glm", "moe_lora_chunks"])
-def test_every_mesh_equals_one_device(name, expert, context):
+@pytest.mark.parametrize(("name", "expert", "context", "method"), MESHES)
+def test_every_mesh_equals_one_device(name, expert, context, method):
     (one, one_metrics), _ = gradients(name)
-    # Four query heads: eight devices cannot share them out.
-    method = "ring" if name == "glm" or context == 8 else "ulysses"
     mesh = {"expert": expert, "context": context, "context_method": method}
     (eight, eight_metrics), _ = gradients(name, 8, **mesh)
     assert relative_error(eight, one) < 2e-5
@@ -56,7 +53,7 @@ def test_every_mesh_equals_one_device(name, expert, context):
         np.testing.assert_allclose(eight_metrics[key], value, rtol=1e-4, err_msg=key)
 
 
-@pytest.mark.parametrize("ac", sorted(set(POLICIES) - {"recompute"}))
+@pytest.mark.parametrize("ac", ["none", "offload"])
 def test_checkpointing_does_not_change_the_gradient(ac):
     (expected, _), batch = gradients("glm")
     program = tiny_program(**CASES["glm"], ac=ac)
@@ -68,7 +65,7 @@ def test_checkpointing_does_not_change_the_gradient(ac):
 def test_the_load_counts_every_choice():
     (_, metrics), batch = gradients("glm")
     load = metrics["expert_load"]
-    assert load.shape == (2, 8)
+    assert load.shape == (1, 8)
     np.testing.assert_allclose(load.sum(axis=-1), 1.0, rtol=1e-6)
     choices = batch.tokens.size * TINY_GLM.num_experts_per_tok
     counts = load * choices

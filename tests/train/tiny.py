@@ -39,7 +39,6 @@ TINY_MOE = TINY.replace(
 TINY_GLM = TINY_MOE.replace(
     name="tiny-glm",
     architecture="Glm4MoeForCausalLM",
-    num_layers=3,
     first_k_dense=1,
     num_shared_experts=1,
     router="sigmoid",
