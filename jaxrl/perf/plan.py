@@ -126,7 +126,7 @@ def hardware_flops(program: Program, text: str, doc_lengths: Sequence[int] | Non
     docs = _documents(program, doc_lengths)
     summary = hlo.summarize(text)
     total = summary.flops
-    total += sum(c.count * _kernel_flops(c, program, docs) for c in summary.call_sites)
+    total += sum(c.count * kernel_flops(c, program, docs) for c in summary.call_sites)
     block = min(attention_xla.BLOCK, program.seq_len)
     for loop in summary.unknown_loops:
         if grouped_matmul_xla.REST in loop.op_name:
@@ -159,7 +159,7 @@ def _documents(program: Program, doc_lengths: Sequence[int] | None) -> Sequence[
     return docs
 
 
-def _kernel_flops(call: hlo.CallSite, program: Program, docs: Sequence[int]) -> float:
+def kernel_flops(call: hlo.CallSite, program: Program, docs: Sequence[int]) -> float:
     """FLOPs of one run of a custom call that is no plain matrix product, which `hlo` counts."""
     whole = [program.seq_len]
     # The devices of a context group share a row's heads.

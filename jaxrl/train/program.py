@@ -105,10 +105,10 @@ def floor_bytes(program: Program) -> int:
     """Bytes per device below which this run cannot go without recomputing or offloading more.
 
     State (parameters, optimizer if on the device, fp32 gradients) + the layers' saved inputs + one
-    layer's working set in backward: attention's q, k, v, output and their cotangents, the layer's
-    input and its cotangent, the layer's whole weights (of the experts those of the device's own)
-    and, where they learn, their fp32 gradient. MLP, experts and head work in chunks of tokens,
-    which can be made as small as one likes, so they add nothing.
+    layer's working set in backward: its whole weights (of the experts those of the device's own)
+    and, whichever is more, attention's q, k, v, output and their cotangents with the layer's input
+    and its cotangent, or the fp32 gradient of its largest matrix. MLP, experts and head work in
+    chunks of tokens, which can be made as small as one likes, so they add nothing.
     """
     layout, config = program.layout, program.layout.model.config
     itemsize = jnp.dtype(program.step.config.compute_dtype).itemsize
@@ -127,14 +127,16 @@ def floor_bytes(program: Program) -> int:
         saved = 0
     heads = 4 * config.num_heads + 4 * config.num_kv_heads
     activations = tokens * (heads * config.head_dim + 2 * config.hidden_size) * itemsize
-    weights = {"dense_layers": 0, "layers": 0}
+    weights, gradient = {"dense_layers": 0, "layers": 0}, 0
     for path, spec in specs(layout.model).items():
         if path[0] in weights:
             here = spec.size // spec.shape[0]
             if "experts" in spec.axes:
                 here //= layout.mesh.shape["expert"]
-            weights[path[0]] += here * (itemsize + 4 * (path in layout.trainable_specs))
-    return local(state) + local(state.params) + saved + activations + max(weights.values())
+            weights[path[0]] += here * itemsize
+            gradient = max(gradient, 4 * here * (path in layout.trainable_specs))
+    working = max(weights.values()) + max(activations, gradient)
+    return local(state) + local(state.params) + saved + working
 
 
 def lower_reference(program: Program, num_layers: int) -> jax.stages.Lowered:
