@@ -1,10 +1,11 @@
 """Optimizer state in the host's pinned memory, brought to the device one layer at a time.
 
 The moments of Adam are 8 bytes per parameter that only the update reads. Kept in pinned host
-memory, they cross PCIe once in each direction per step, and the device holds one layer's (or one
-unstacked array's: the embedding's, the head's) at a time.
+memory, they cross PCIe once in each direction per step, and the device holds one layer's (or a
+block of rows of the embedding's or the head's) at a time.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding
 
 HOST = "pinned_host"
 STACKS = ("layers", "dense_layers")  # arrays stacked [L, ...], whose first axis is not sharded
+BLOCK_BYTES = 32 * 2**20  # of a block of rows of one moment
 
 
 def on_host(sharding: NamedSharding) -> NamedSharding:
@@ -34,12 +36,13 @@ def on_host(sharding: NamedSharding) -> NamedSharding:
 
 
 def streamed(
-    whole: optax.GradientTransformation, by_layer: optax.GradientTransformation
+    whole: optax.GradientTransformation, by_layer: optax.GradientTransformation, devices: int
 ) -> optax.GradientTransformation:
     """`optax.chain(whole, *by_layer)`, whose state, laid out the same, may be in host memory.
 
     whole: sees all gradients at once, as clipping by their global norm must; has no state to speak
     of. by_layer: a chain of elementwise transformations, run on one layer's arrays at a time.
+    devices: of the mesh; matrices of no layer may be divided over them by rows.
     """
 
     def init(params):
@@ -65,11 +68,13 @@ def streamed(
         _, counted = by_layer.update({}, empty, {})
         done, states = {}, {}
         for key in updates:
-            run = _layer_by_layer if key in STACKS else _at_once
             # No moments on the device before their gradients, nor beside the ones before them.
             args = (updates[key], part(key), params[key])
             args, done = jax.lax.optimization_barrier((args, done))
-            done[key], states[key] = run(by_layer, *args)
+            if key in STACKS:
+                done[key], states[key] = _in_slices(by_layer, *args, axis=0, size=1)
+            else:
+                done[key], states[key] = _by_rows(by_layer, *args, devices=devices)
         state = jax.tree.map(
             lambda old, new, *parts: (
                 dict(zip(states, parts, strict=True)) if is_moment(old) else new
@@ -93,31 +98,48 @@ def _back(tree, like):
     return jax.tree.map(lambda x, old: jax.device_put(x, jax.typeof(old).memory_space), tree, like)
 
 
-def _at_once(optimizer: optax.GradientTransformation, updates, state, params):
-    updates, new = optimizer.update(updates, _to_device(state), params)
-    return updates, _back(new, state)
+def _reshape(tree, shape) -> Any:
+    """Arrays, not counters, in the shape that `shape` makes of theirs."""
+    return jax.tree.map(lambda a: a.reshape(shape(a.shape)) if jnp.ndim(a) else a, tree)
 
 
-def _layer_by_layer(optimizer: optax.GradientTransformation, updates, state, params):
-    """The update of arrays stacked [L, ...], in place; counters of `state` are scalars."""
-    length = jax.tree.leaves(params)[0].shape[0]
+def _by_rows(optimizer: optax.GradientTransformation, updates, state, params, devices: int):
+    """The update of unstacked arrays: a large matrix in blocks of rows, others at once."""
+    matrix = jax.tree.leaves(params)[0]
+    if matrix.ndim < 2 or matrix.shape[0] % devices:
+        updates, new = optimizer.update(updates, _to_device(state), params)
+        return updates, _back(new, state)
+    here = matrix.shape[0] // devices
+    limit = max(1, BLOCK_BYTES // (4 * math.prod(matrix.shape[1:])))
+    rows = next(n for n in range(min(here, limit), 0, -1) if here % n == 0)
+    # Every device's own rows behind an axis of devices, so that each takes a block of its own.
+    args = _reshape((updates, state, params), lambda shape: (devices, here, *shape[1:]))
+    done = _in_slices(optimizer, *args, axis=1, size=rows)
+    return _reshape(done, lambda shape: (devices * here, *shape[2:]))
+
+
+def _in_slices(
+    optimizer: optax.GradientTransformation, updates, state, params, *, axis: int, size: int
+):
+    """The update of `size` along `axis` at a time, in place; counters of `state` are scalars."""
+    length = jax.tree.leaves(params)[0].shape[axis]
 
     def at(tree, i) -> Any:
         return jax.tree.map(
-            lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1) if jnp.ndim(a) else a, tree
+            lambda a: jax.lax.dynamic_slice_in_dim(a, i, size, axis) if jnp.ndim(a) else a, tree
         )
 
-    def put(whole, layer, i) -> Any:
+    def put(whole, part, i) -> Any:
         return jax.tree.map(
-            lambda a, x: jax.lax.dynamic_update_slice_in_dim(a, x, i, 0) if jnp.ndim(a) else a,
+            lambda a, x: jax.lax.dynamic_update_slice_in_dim(a, x, i, axis) if jnp.ndim(a) else a,
             whole,
-            layer,
+            part,
         )
 
     def body(i, carry):
         updates, state = carry
-        here = at(state, i)
-        layer, new = optimizer.update(at(updates, i), _to_device(here), at(params, i))
-        return put(updates, layer, i), put(state, _back(new, here), i)
+        here = at(state, i * size)
+        part, new = optimizer.update(at(updates, i * size), _to_device(here), at(params, i * size))
+        return put(updates, part, i * size), put(state, _back(new, here), i * size)
 
-    return jax.lax.fori_loop(0, length, body, (updates, state))
+    return jax.lax.fori_loop(0, length // size, body, (updates, state))

@@ -24,12 +24,10 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup])
 
 
-def make_optimizer(
-    config: OptimizerConfig, *, stream: bool = False
-) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, *, devices: int = 0) -> optax.GradientTransformation:
     """clip by global norm -> Adam -> decoupled weight decay (arXiv:1711.05101) -> -lr(step).
 
-    stream: the same, layer by layer, for moments in host memory.
+    devices: of a mesh on which moments are in host memory; 0 where they are not. Same results.
     """
     clip = optax.clip_by_global_norm(config.max_grad_norm)
     by_layer = (
@@ -37,4 +35,6 @@ def make_optimizer(
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule(config)),
     )
-    return streamed(clip, optax.chain(*by_layer)) if stream else optax.chain(clip, *by_layer)
+    return (
+        streamed(clip, optax.chain(*by_layer), devices) if devices else optax.chain(clip, *by_layer)
+    )

@@ -85,7 +85,7 @@ def build_program(
         add_lora(decoder, LoraConfig(lora_rank, lora.alpha, lora.targets))
     layout = StateLayout(
         decoder,
-        make_optimizer(optimizer, stream=step.offload_optimizer),
+        make_optimizer(optimizer, devices=mesh.size if step.offload_optimizer else 0),
         mesh,
         frozen_dtype=jnp.dtype(step.compute_dtype),
         offload_optimizer=step.offload_optimizer,

@@ -1,6 +1,7 @@
 """What a planned row says of its program: real programs, compiled for GPUs that are not here."""
 
 import functools
+import re
 
 import pytest
 
@@ -120,6 +121,10 @@ def test_offloaded_optimizer_state_leaves_the_device():
     assert before.peak - after.peak >= 0.98 * moments
     assert before.argument - after.argument == after.host == after.host_argument
     assert floor_bytes(program) - floor_bytes(offloading) == after.host
+    # Block by block, each device its own: never the moments of its whole table, none exchanged.
+    text = done.as_text() or ""
+    assert not re.search(r"f32\[18992,1024\].* copy-start\(", text)
+    assert not re.search(r" all-(gather|to-all)[a-z-]*\(.*/optimizer/", text)
     # Its transfers hide no work from the count.
     flops = (
         plan.hardware_flops(p, c.as_text() or "") for p, c in ((program, kept), (offloading, done))

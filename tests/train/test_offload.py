@@ -12,6 +12,7 @@ import pytest
 from tiny import TINY, TINY_GLM, relative_error, tiny_batch, tiny_program, tiny_state
 
 from jaxrl.config import OptimizerConfig
+from jaxrl.train import offload
 from jaxrl.train.offload import HOST, on_host
 from jaxrl.train.optimizer import make_optimizer
 
@@ -24,7 +25,7 @@ def moments(opt_state):
     return [x for x in jax.tree.leaves(opt_state) if x.ndim]
 
 
-def test_streamed_update_is_the_chains_bit_for_bit():
+def test_streamed_update_is_the_chains_bit_for_bit(monkeypatch):
     """Operation by operation, as compilers contract products and sums as they like."""
     rng = np.random.default_rng(0)
     shapes = {"embed": (16, 4), "layers": {"w": (3, 4, 8), "scale": (3, 4)}, "norm": (4,)}
@@ -37,8 +38,9 @@ def test_streamed_update_is_the_chains_bit_for_bit():
         for _ in range(4)
     )
     results = []
-    for stream in (False, True):
-        tx = make_optimizer(OPTIMIZER, stream=stream)
+    monkeypatch.setattr(offload, "BLOCK_BYTES", 4 * 16)  # four rows of the embedding
+    for devices in (0, 2):
+        tx = make_optimizer(OPTIMIZER, devices=devices)
         got, state = params, tx.init(params)
         with jax.disable_jit():
             for g in gradients:
@@ -49,8 +51,8 @@ def test_streamed_update_is_the_chains_bit_for_bit():
 
 
 @functools.cache
-def trained(devices: int, model, offload: bool):
-    program = tiny_program(devices, model=model, optimizer=OPTIMIZER, offload_optimizer=offload)
+def trained(devices: int, model, offloads: bool):
+    program = tiny_program(devices, model=model, optimizer=OPTIMIZER, offload_optimizer=offloads)
     state = tiny_state(program)
     for seed in range(2):
         state, metrics = program.step(state, tiny_batch(program, seed=seed))
