@@ -155,6 +155,11 @@ def mix(
 ) -> Float[Array, "T D"]:
     """Each token's weighted sum over its chosen experts, plus the shared expert's result."""
     routing = route(chosen, experts.num_experts)
+    linears = (experts.gate, experts.up, experts.down)
+    adapted = any(linear.lora_a is not None for linear in linears)
+    if ops.exchange is None and ops.grouped.experts is not None and not adapted:
+        y = ops.grouped.experts(x, weights, routing, *(linear.kernel[...] for linear in linears))
+        return y if shared is None else y + shared(x)
     rows, sizes = permute(x, routing), routing.group_sizes
     if ops.exchange is None:
         rows = experts(rows, sizes, ops.grouped)

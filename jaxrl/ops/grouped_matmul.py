@@ -10,7 +10,7 @@ from jaxrl_kernels.grouped_matmul import reference, triton
 from jaxrl_kernels.launch import why_not_triton
 from jaxtyping import Array, Float, Int
 
-from jaxrl.ops import grouped_matmul_xla, tokamax_kernels
+from jaxrl.ops import experts_xla, grouped_matmul_xla, tokamax_kernels
 from jaxrl.ops.registry import Implementation, Op, Target
 
 
@@ -21,13 +21,14 @@ class GroupedOps:
 
     matmul(x, w, group_sizes) = x w[e]; lora_matmul(x, w, a, b, group_sizes) = x w[e] + x a[e] b[e];
     swiglu(x, w_gate, w_up, group_sizes) = silu(x w_gate[e]) * (x w_up[e]). `name`: of the
-    implementation.
+    implementation. `experts`: the whole layer on tokens (`experts_xla.experts`), if it has that.
     """
 
     name: str
     matmul: Callable
     lora_matmul: Callable
     swiglu: Callable
+    experts: Callable | None = None
 
 
 def resolve_grouped_matmul(
@@ -40,8 +41,8 @@ def resolve_grouped_matmul(
         fused = (triton.grouped_lora_matmul, triton.grouped_swiglu)
         return GroupedOps(name, matmul, *(functools.partial(f, **compiled_for) for f in fused))
     if name == "xla":
-        swiglu = grouped_matmul_xla.grouped_swiglu
-        return dataclasses.replace(composed(name, matmul), swiglu=swiglu)
+        fused = {"swiglu": grouped_matmul_xla.grouped_swiglu, "experts": experts_xla.experts}
+        return dataclasses.replace(composed(name, matmul), **fused)
     return composed(name, matmul)
 
 

@@ -49,22 +49,23 @@ def grouped_swiglu(
     group_sizes: Int[Array, "E"],
 ) -> Float[Array, "M N"]:
     """silu(x w_gate[e]) * (x w_up[e]), in one pass over the rows each way; else as above."""
-    return _swiglu(_rows(x, (w_gate, w_up), group_sizes))
+    return swiglu(_rows(x, (w_gate, w_up), group_sizes))
 
 
-def _swiglu(both):
+def swiglu(both):
+    """silu(gate) * up of both side by side."""
     gate, up = jnp.split(both, 2, axis=1)
     return jax.nn.silu(gate) * up
 
 
 def _swiglu_forward(x, w_gate, w_up, group_sizes):
     both = _rows(x, (w_gate, w_up), group_sizes)
-    return _swiglu(both), (x, w_gate, w_up, group_sizes, both)
+    return swiglu(both), (x, w_gate, w_up, group_sizes, both)
 
 
 def _swiglu_backward(residuals, dy):
     x, w_gate, w_up, group_sizes, both = residuals
-    (dboth,) = jax.vjp(_swiglu, both)[1](dy.astype(x.dtype))
+    (dboth,) = jax.vjp(swiglu, both)[1](dy.astype(x.dtype))
     dw_gate, dw_up = _weights(x, dboth, group_sizes, (w_gate, w_up))
     return _rows(dboth, (w_gate, w_up), group_sizes, transposed=True), dw_gate, dw_up, None
 
