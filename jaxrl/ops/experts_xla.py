@@ -45,7 +45,8 @@ def _forward(x, weights, routing, w_gate, w_up, w_down):
     def expert(e, carry):
         w, down = _side_by_side(x, w_gate, w_up, e), w_down[e].astype(x.dtype)
 
-        def block(first, count, carry):
+        def block(first, count, carry, *, fresh):
+            del fresh
             both, out = carry
             here = x.at[rows.token(first, count)].get(mode=IN_BOUNDS)
             mine = _dot(here, w, 1, 0).astype(x.dtype)
@@ -63,7 +64,7 @@ def _forward(x, weights, routing, w_gate, w_up, w_down):
 def _backward(residuals, dy):
     x, weights, routing, w_gate, w_up, w_down, both = residuals
     rows = _Rows(routing)
-    F, D = w_down.shape[1:]
+    D = w_down.shape[2]
     dy = dy.astype(x.dtype)
     weight = weights.reshape(-1)[routing.slot].astype(jnp.float32)  # [T, k] -> [T k]
     weight = jnp.pad(weight, (0, rows.room - weight.size))[:, None]
@@ -71,8 +72,8 @@ def _backward(residuals, dy):
     def expert(e, carry):
         w, down = _side_by_side(x, w_gate, w_up, e), w_down[e].astype(x.dtype)
 
-        def block(first, count, carry):
-            dx, dweight, dw, ddown = carry
+        def block(first, count, carry, *, fresh):
+            dx, dweight, *totals = carry
             token, valid = rows.token(first, count), rows.valid(e, first, count)
             here = dy.at[token].get(mode=IN_BOUNDS)
             mine = lax.dynamic_slice_in_dim(weight, first, count)
@@ -84,26 +85,25 @@ def _backward(residuals, dy):
             dmine = jnp.where(valid, dmine, 0)
             h = jnp.where(valid, h * mine, 0).astype(x.dtype)
             dx = _store(dx, _dot(dmine, w, 1, 1).astype(x.dtype), first)
-            dw += _dot(x.at[token].get(mode=IN_BOUNDS), dmine, 0, 0)
-            return dx, dweight, dw, ddown + _dot(h, here, 0, 0)
+            dw = _dot(x.at[token].get(mode=IN_BOUNDS), dmine, 0, 0)
+            parts = (*jnp.split(dw, 2, axis=1), _dot(h, here, 0, 0))
+            sums = parts if fresh else (t[e] + p for t, p in zip(totals, parts, strict=True))
+            put = lax.dynamic_update_index_in_dim
+            return dx, dweight, *(put(t, p, e, 0) for t, p in zip(totals, sums, strict=True))
 
-        dx, dweight, *totals = carry
-        sums = jnp.zeros((D, 2 * F), jnp.float32), jnp.zeros((F, D), jnp.float32)
-        dx, dweight, dw, ddown = rows.visit(e, block, (dx, dweight, *sums))
-        results = (*jnp.split(dw, 2, axis=1), ddown)
-        put = lax.dynamic_update_index_in_dim
-        totals = (put(t, r.astype(t.dtype), e, 0) for t, r in zip(totals, results, strict=True))
-        return dx, dweight, *totals
+        return rows.visit(e, block, carry)
 
     carry = [_zeros((rows.room, D), x.dtype), _zeros((rows.room,), jnp.float32)]
-    carry += [_zeros(w.shape, w.dtype) for w in (w_gate, w_up, w_down)]
+    carry += [_zeros(w.shape, jnp.float32) for w in (w_gate, w_up, w_down)]
     drows, dweight, *dexperts = lax.fori_loop(0, w_gate.shape[0], expert, tuple(carry))
     dx = jnp.zeros((), jnp.float32)
     for j in range(weights.shape[1]):  # a sum over each token's rows, in the order of its choices
         mine = drows[routing.row[:, j]].astype(jnp.float32)
         dx += jnp.where(rows.kept[:, j, None], mine, 0)
     dweight = jnp.where(rows.kept, dweight[routing.row], 0).astype(weights.dtype)
-    return dx.astype(x.dtype), dweight, None, *dexperts
+    ws = (w_gate, w_up, w_down)
+    dws = (total.astype(w.dtype) for total, w in zip(dexperts, ws, strict=True))
+    return dx.astype(x.dtype), dweight, None, *dws
 
 
 experts.defvjp(_forward, _backward)
@@ -136,23 +136,24 @@ class _Rows:
         return (first + jnp.arange(count) < self.ends[e])[:, None]
 
     def visit(self, e, body, carry):
-        """body(first row, static count, carry) over an expert's rows: the last one or two blocks
-        in one, which may reach behind them, then whole blocks before it."""
+        """body(first row, static count, carry, fresh=) over an expert's rows: first the last one or
+        two blocks in one (fresh), which may reach behind them, then whole blocks before it."""
         size, start = self.sizes[e], self.ends[e] - self.sizes[e]
         whole = jnp.maximum(size // self.block - 1, 0)
         first = start + whole * self.block
         rest, step = size - whole * self.block, self.steps[0]
 
         def last(_, carry):
-            sizes = [lambda c, n=n: body(first, n, c) for n in self.steps]
+            sizes = [lambda c, n=n: body(first, n, c, fresh=True) for n in self.steps]
             return lax.switch((rest - 1) // step, sizes, carry)
 
         # A loop, run once or not at all: planning knows loops by their names.
         with jax.named_scope(REST):
             carry = lax.fori_loop(0, jnp.minimum(rest, 1), last, carry)
         with jax.named_scope(WHOLE):
+            block = self.block
             return lax.fori_loop(
-                0, whole, lambda i, c: body(start + i * self.block, self.block, c), carry
+                0, whole, lambda i, c: body(start + i * block, block, c, fresh=False), carry
             )
 
 
