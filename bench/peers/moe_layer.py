@@ -14,7 +14,6 @@ NAMES in capitals are environment variables of that contender (XLA_FLAGS=--xla_.
 Prints a table and appends one JSON object to `results.jsonl` beside this file.
 """
 
-import argparse
 import datetime
 import json
 import os
@@ -24,7 +23,7 @@ import sys
 import tempfile
 
 import numpy as np
-from protocol import Worker, host, parse_variant
+from protocol import Worker, host, parse_variant, parser
 from safetensors.numpy import load_file, save_file
 
 HERE = pathlib.Path(__file__).parent
@@ -37,23 +36,16 @@ TOLERANCE = 1e-4  # of the largest value of a tensor
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--peer-python", required=True, help="python of the torch environment (README.md)")
-    add("--ours", action="append", help="variant of ours: implementation=NAME")
-    add("--peer", action="append", help=f"variant of the peer; default: {', '.join(PEERS)}")
-    add("--turns", type=int, default=10, help="turns per contender")
-    add("--steps", type=int, default=3, help="steps per turn")
-    add("--threads", type=int, default=2)
+    peers = f"experts=NAME; default: {', '.join(PEERS)}"
+    options = {"ours": "implementation=NAME", "peer": peers, "turns": 10, "steps": 3}
+    made = parser(__doc__.splitlines()[0], **options)
+    add = made.add_argument
     add("--tokens", type=int, default=2048)
     add("--hidden", type=int, default=512)
     add("--experts", type=int, default=32)
     add("--width", type=int, default=256, help="of an expert")
     add("--top-k", type=int, default=4)
-    add("--seed", type=int, default=0)
-    add("--note", default="", help="kept with the result")
-    add("--output", type=pathlib.Path, default=HERE / "results.jsonl")
-    return parser.parse_args()
+    return made.parse_args()
 
 
 def shape(args):

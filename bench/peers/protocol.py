@@ -2,6 +2,7 @@
 the workers run in different environments.
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -43,6 +44,22 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def parser(description, *, ours, peer, turns, steps):
+    """The options that every side-by-side command has; ours, peer: what a variant of each is."""
+    made = argparse.ArgumentParser(description=description)
+    add = made.add_argument
+    add("--peer-python", required=True, help="python of the torch environment (README.md)")
+    add("--ours", action="append", help=f"variant of ours: {ours}")
+    add("--peer", action="append", help=f"variant of the peer: {peer}")
+    add("--turns", type=int, default=turns, help="turns per contender")
+    add("--steps", type=int, default=steps, help="steps per turn")
+    add("--threads", type=int, default=2)
+    add("--seed", type=int, default=0)
+    add("--note", default="", help="kept with the result")
+    add("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results.jsonl")
+    return made
 
 
 def parse_variant(text):

@@ -14,7 +14,6 @@ NAMES in capitals are environment variables of that contender (XLA_FLAGS=--xla_.
 Prints a table and appends one JSON object to `results.jsonl` beside this file.
 """
 
-import argparse
 import datetime
 import json
 import os
@@ -24,7 +23,7 @@ import statistics
 import sys
 import tempfile
 
-from protocol import Worker, host, parse_variant
+from protocol import Worker, host, parse_variant, parser
 
 HERE = pathlib.Path(__file__).parent
 CHECKED_STEPS = 3
@@ -32,23 +31,15 @@ TOLERANCE = 1e-4
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--peer-python", required=True, help="python of the torch environment (README.md)")
-    add("--ours", action="append", help="variant of ours: StepConfig fields, e.g. ac=none")
-    add("--peer", action="append", help="variant of the peer: see torch_worker.OPTIONS")
-    add("--turns", type=int, default=8, help="turns per contender")
-    add("--steps", type=int, default=2, help="steps per turn")
-    add("--threads", type=int, default=2)
+    variants = {"ours": "StepConfig fields, e.g. ac=none", "peer": "see torch_worker.OPTIONS"}
+    made = parser(__doc__.splitlines()[0], **variants, turns=8, steps=2)
+    add = made.add_argument
     add("--layers", type=int, default=4)
     add("--hidden", type=int, default=512)
     add("--vocab", type=int, default=32000)
     add("--seq-len", type=int, default=2048)
     add("--matmul-size", type=int, default=2048, help="square product that gives the peak")
-    add("--seed", type=int, default=0)
-    add("--note", default="", help="kept with the result")
-    add("--output", type=pathlib.Path, default=HERE / "results.jsonl")
-    return parser.parse_args()
+    return made.parse_args()
 
 
 def shape(args):

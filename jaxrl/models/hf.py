@@ -92,8 +92,7 @@ def load_pretrained(
         sharding = shardings
         for key in parameter:
             sharding = None if sharding is None else sharding[key]
-        kept = jnp.dtype(jnp.float32 if spec.fp32 else dtype)
-        values[parameter] = _read_parameter(spec, stored, kept, sharding)
+        values[parameter] = _read_parameter(spec, stored, spec.dtype(dtype), sharding)
     graphdef, _ = nnx.split(model)
     return nnx.merge(graphdef, nest(values))
 

@@ -45,6 +45,10 @@ class ParamSpec:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def dtype(self, others):
+        """The dtype it is held in where the others are held in `others`."""
+        return jnp.dtype(jnp.float32 if self.fp32 else others)
+
 
 @dataclasses.dataclass(frozen=True)
 class Scope:

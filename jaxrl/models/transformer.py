@@ -23,7 +23,6 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, scope: Scope, *, sparse: bool):
         D, eps = config.hidden_size, config.rms_norm_eps
-        self.config = config
         self.attention_norm = RMSNorm(scope, D, eps, hf="input_layernorm")
         self.attention = Attention(config, scope)
         self.mlp_norm = RMSNorm(scope, D, eps, hf="post_attention_layernorm")
@@ -79,7 +78,7 @@ class Block(nnx.Module):
             chosen = moe.router.choose(scores) if ctx.chosen is None else ctx.chosen
             chosen = checkpoint_name(chosen, "experts_chosen")
             weights = moe.router.weigh(scores, chosen)
-            load = expert_load(chosen, self.config.num_experts)
+            load = expert_load(chosen, moe.experts.num_experts)
         modules = (self.mlp_norm, experts, moe.shared)
         y = _tokenwise(norm_and_mix, modules, (rows, weights, chosen), chunk=ops.chunk)
         return y, load
@@ -201,12 +200,7 @@ def initialize(
     """
 
     def make():
-        return nest(
-            {
-                p: initial_value(p, s, key, jnp.float32 if s.fp32 else dtype)
-                for p, s in specs(model).items()
-            }
-        )
+        return nest({p: initial_value(p, s, key, s.dtype(dtype)) for p, s in specs(model).items()})
 
     graphdef, _ = nnx.split(model)
     return nnx.merge(graphdef, jax.jit(make, out_shardings=shardings)())

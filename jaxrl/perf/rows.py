@@ -207,16 +207,16 @@ def _check_row(row: Row) -> None:
 
 
 def _check_experts(row: Row, model: ModelConfig) -> None:
-    if row.ep == 1:
-        return
     if not model.num_experts:
-        raise ConfigError(f"ep {row.ep} needs experts, and {row.model} is dense; use ep 1")
-    if model.num_experts % row.num_gpus:  # also over those that `ep` does not count
+        if row.ep > 1:
+            raise ConfigError(f"ep {row.ep} needs experts, and {row.model} is dense; use ep 1")
+        return
+    if model.num_experts % row.num_gpus:  # their weights lie on all GPUs, whatever `ep` is
         fits = _either(d for d in _divisors(model.num_experts) if d % row.ep == 0)
         other = f"{fits} GPUs" if fits else f"an ep that divides {model.num_experts}"
         raise ConfigError(
             f"{model.num_experts} experts do not spread evenly over {row.num_gpus} GPUs; "
-            f"use {other}, or ep 1"
+            f"use {other}"
         )
 
 

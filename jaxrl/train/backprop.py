@@ -15,7 +15,7 @@ from jaxrl.train.remat import remat_policy
 
 # layer(trainable, constants, x) -> (x, counts): one layer, given its own parameters; counts, an
 # array or None, is told on and gets no gradient.
-type Layer = Callable[[Any, Any, jax.Array], jax.Array]
+type Layer = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
 
 
 class LayerStack:
@@ -39,6 +39,7 @@ class LayerStack:
         """(x after all layers, what backward needs, counts); parameters stacked [L, ...]."""
 
         def body(x, layer):
+            # As in backward: nothing of the layer before its turn.
             tr, fr, x = jax.lax.optimization_barrier((*layer, x))
             tr, fr = self.fetch(tr, fr)
             # Parameters and constants are at hand again in backward: only the rest is stacked.

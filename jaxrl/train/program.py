@@ -159,7 +159,7 @@ def lower_reference(program: Program, num_layers: int) -> jax.stages.Lowered:
     dtype = program.step.dtype
     learn = specs(model, nnx.LoRAParam) or specs(model, nnx.Param)
     abstract = {
-        p: jax.ShapeDtypeStruct(s.shape, jnp.float32 if p in learn or s.fp32 else dtype)
+        p: jax.ShapeDtypeStruct(s.shape, jnp.float32 if p in learn else s.dtype(dtype))
         for p, s in specs(model).items()
     }
     trainable = nest({p: a for p, a in abstract.items() if p in learn})

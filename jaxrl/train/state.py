@@ -85,9 +85,7 @@ class StateLayout:
             return nest(
                 {
                     p: jax.ShapeDtypeStruct(
-                        s.shape,
-                        jnp.float32 if s.fp32 else dtype,
-                        sharding=self._sharding(s.axes),
+                        s.shape, s.dtype(dtype), sharding=self._sharding(s.axes)
                     )
                     for p, s in tree.items()
                 }
@@ -120,9 +118,7 @@ class StateLayout:
                 turns = self.mesh.size == 1
                 return nest(
                     {
-                        p: initial_value(
-                            p, s, key, jnp.float32 if s.fp32 else dtype, in_turns=turns
-                        )
+                        p: initial_value(p, s, key, s.dtype(dtype), in_turns=turns)
                         for p, s in tree.items()
                     }
                 )

@@ -171,6 +171,11 @@ class TrainStep:
         if expert_axis > 1 and not layout.model.config.num_experts:
             name = layout.model.config.name
             raise ValueError(f"expert axis {expert_axis} needs experts, and {name} is dense; use 1")
+        if config.router_bias_rate and layout.model.config.router != "sigmoid":
+            raise ValueError(
+                f"router_bias_rate {config.router_bias_rate} moves a correction bias, which "
+                f"{layout.model.config.name} does not have; use 0"
+            )
         self.config = dataclasses.replace(
             config,
             head_chunk=config.head_chunk or head_chunk(layout.model.config.vocab_size, backend),
@@ -187,22 +192,19 @@ class TrainStep:
             in_shardings=(state, NamedSharding(layout.mesh, BATCH_SPEC)),
             out_shardings=(state, NamedSharding(layout.mesh, PartitionSpec())),
             donate_argnums=0,
-            compiler_options=gpu_options(
-                self._layer_bytes(), experts=bool(layout.model.config.num_experts)
-            )
-            if backend == "gpu"
-            else CPU_OPTIONS
-            if layout.mesh.size > 1
-            else None,
+            compiler_options=self._compiler_options(),
         )
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         return self.jitted(state, batch)
 
-    def _layer_bytes(self) -> int:
-        """Of one layer's weights as this device gathers them."""
-        layers = [s for p, s in specs(self.layout.model).items() if p[0] == "layers"]
-        return sum(s.size // s.shape[0] for s in layers) * self.dtype.itemsize
+    def _compiler_options(self) -> dict[str, bool | int | str] | None:
+        model = self.layout.model
+        if self.target.backend == "gpu":
+            layers = [s for p, s in specs(model).items() if p[0] == "layers"]
+            layer = sum(s.size // s.shape[0] for s in layers) * self.dtype.itemsize
+            return gpu_options(layer, experts=bool(model.config.num_experts))
+        return CPU_OPTIONS if self.layout.mesh.size > 1 else None
 
     def attention(self, *, packed: bool, seq_len: int) -> Attend:
         """The attention implementation this step resolves to, for rows of `seq_len` tokens."""

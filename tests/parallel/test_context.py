@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxprs import primitives
 from jaxrl_kernels import interpreter, tiles
 from jaxrl_kernels.flash_attention import cost
 from jaxrl_kernels.flash_attention.reference import flash_attention as plain
@@ -235,18 +236,6 @@ def test_auto_takes_what_is_validated(monkeypatch):
         monkeypatch.setattr(registry, "is_validated", lambda *_, sure=sure: sure)
         assert resolve("ring", 2, "auto", H100, jnp.bfloat16).name == ring
         assert resolve("ulysses", 2, "auto", H100, jnp.bfloat16).name == "cudnn"
-
-
-def primitives(jaxpr) -> collections.Counter:
-    """How often each primitive stands in a program, loops and calls opened."""
-    count = collections.Counter()
-    for equation in jaxpr.eqns:
-        count[equation.primitive.name] += 1
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                count += primitives(inner)
-    return count
 
 
 def layer(method, policy):

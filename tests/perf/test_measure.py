@@ -6,6 +6,9 @@ import pytest
 from tiny import TINY
 
 from jaxrl.config import BenchConfig, ProxyConfig
+from jaxrl.models.params import specs
+from jaxrl.models.presets import PRESETS, preset
+from jaxrl.models.transformer import Transformer
 from jaxrl.perf import measure
 from jaxrl.perf.rows import parse_row, proxy_row
 
@@ -51,3 +54,20 @@ def test_steps_are_reported_one_by_one(result):
 
 def test_the_trace_is_one_that_tensorboard_opens(result):
     assert list(result.folder.glob("profile/*/plugins/profile/*/*.xplane.pb"))
+
+
+@pytest.mark.parametrize("name", [n for n, c in PRESETS.items() if c.num_experts])
+def test_a_proxy_with_experts_fits_a_laptop(name):
+    """It keeps what makes the architecture, and its fp32 training state stays under 6 GiB."""
+    model, proxy = preset(name), measure.proxy_model(preset(name), 2)
+    assert (proxy.num_layers, proxy.num_experts, proxy.num_experts_per_tok) == (2, 8, 2)
+    assert proxy.num_sparse_layers == (1 if model.first_k_dense else 2)
+    same = ("router", "num_shared_experts", "hidden_size", "moe_intermediate_size", "head_dim")
+    assert all(getattr(proxy, key) == getattr(model, key) for key in same)
+    state = 16 * sum(s.size for s in specs(Transformer(proxy)).values())
+    assert name != "Qwen3-30B-A3B-Instruct-2507" or state < 6 * 2**30  # others: LoRA rows only
+    assert 4 * sum(s.size for s in specs(Transformer(proxy)).values()) < 6 * 2**30
+
+
+def test_a_dense_proxy_loses_layers_only():
+    assert measure.proxy_model(TINY, 1) == TINY.replace(num_layers=1)

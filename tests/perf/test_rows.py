@@ -108,9 +108,10 @@ def test_impossible_rows(text, words):
         (
             "rl full 128 none fa3 12xH100 ep4",
             "128 experts do not spread evenly over 12 GPUs; use 4 or 8 or 16 or 32 or 64 or 128 "
-            "GPUs, or ep 1",
+            "GPUs",
         ),
-        ("rl full 128 none fa3 12xH100 ep3", "use an ep that divides 128, or ep 1"),
+        ("rl full 128 none fa3 12xH100 ep3", "use an ep that divides 128"),
+        ("rl full 128 none fa3 3xH100", "128 experts do not spread evenly over 3 GPUs; use 1 or 2"),
     ],
 )
 def test_experts_are_divided_over_all_gpus(text, words):

@@ -100,6 +100,8 @@ def test_a_mesh_that_does_not_divide_is_refused_with_what_would():
         tiny_program(8, model=six, expert=2)
     with pytest.raises(ValueError, match=r"context axis 8 \(ulysses\) does not split num_heads 4"):
         tiny_program(8, model=TINY, context=8)
+    with pytest.raises(ValueError, match=r"router_bias_rate 0.1 .*tiny-moe does not have; use 0"):
+        tiny_program(model=TINY_MOE, router_bias_rate=0.1)
     with pytest.raises(ValueError, match=r"expert axis 3 does not divide 8 devices"):
         tiny_program(8, model=TINY_MOE, expert=3)
 

@@ -1,12 +1,12 @@
 """What each activation-checkpointing policy keeps of a block, where, and what it runs again."""
 
-import collections
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jaxprs import primitives
 from tiny import TINY
 
 from jaxrl.models.attention import LayerContext
@@ -50,18 +50,6 @@ def traced(ac: str, attention: str = "xla"):
         x = jax.ShapeDtypeStruct(LAYER_INPUT[1:], dtype)
         jaxpr = jax.make_jaxpr(run)(nnx.to_pure_dict(state), x)
     return kept, primitives(jaxpr.jaxpr)
-
-
-def primitives(jaxpr) -> collections.Counter:
-    """How often each primitive stands in a program, loops and calls opened."""
-    count = collections.Counter()
-    for equation in jaxpr.eqns:
-        count[equation.primitive.name] += 1
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                count += primitives(inner)
-    return count
 
 
 def test_recompute_keeps_the_layer_input_only():
