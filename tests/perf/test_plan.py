@@ -6,8 +6,8 @@ import re
 import pytest
 
 from jaxrl.config import BenchConfig, TrainConfig
-from jaxrl.perf import compile_only, flops, gathered, hlo, plan, schedule
-from jaxrl.perf.forbidden import forbidden_arrays
+from jaxrl.perf import compile_only, flops, hlo, plan
+from jaxrl.perf.audit import audit
 from jaxrl.perf.hardware import GiB, gpu
 from jaxrl.perf.rows import parse_row
 from jaxrl.train.program import floor_bytes
@@ -74,8 +74,7 @@ def test_attention_costs_what_its_kernels_do():
 def test_no_array_of_tokens_times_vocabulary():
     program, done, summary = compiled(EIGHT)
     tokens, vocab = program.seq_len, program.layout.model.config.vocab_size
-    shapes = {"tokens": tokens, "vocab": vocab, "vocab_shards": program.layout.mesh.size}
-    assert not forbidden_arrays(done.as_text() or "", **shapes)
+    assert not audit(program, done.as_text() or "", gpu("H100")).forbidden
     assert max(a.bytes for a in summary.largest_arrays) < tokens * vocab
     # Nor the whole embedding table on any device: it is not gathered, and neither is its gradient.
     whole = [a for a in summary.largest_arrays if vocab in a.dims]
@@ -172,10 +171,7 @@ def test_plan_row_fills_the_keys(monkeypatch):
 
 def test_gathers_overlap_compute_and_none_comes_early():
     program, done, _ = compiled(EIGHT)
-    text, model = done.as_text() or "", program.layout.model.config
-    found = schedule.overlap(text, gpu("H100"))
-    assert schedule.overlapped_fraction(found) >= 0.9
-    assert schedule.hidden_fraction(found) >= 0.9
-    layer = [s for p, s in program.layout.trainable_specs.items() if p[0] == "layers"]
-    weights = 2 * sum(s.size for s in layer if len(s.shape) == 3) // model.num_layers
-    assert gathered.layers_ahead(text, weights) <= 1.0
+    found = audit(program, done.as_text() or "", gpu("H100"))
+    assert found.overlapped >= 0.9
+    assert found.hidden >= 0.9
+    assert found.layers_ahead <= 1.0

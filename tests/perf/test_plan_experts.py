@@ -7,8 +7,8 @@ import pytest
 from tiny import TINY_GLM, tiny_program
 
 from jaxrl.config import BenchConfig
-from jaxrl.perf import compile_only, flops, gathered, hlo, plan, schedule
-from jaxrl.perf.forbidden import forbidden_arrays
+from jaxrl.perf import compile_only, flops, hlo, plan
+from jaxrl.perf.audit import audit
 from jaxrl.perf.hardware import gpu
 from jaxrl.perf.rows import parse_row
 from jaxrl.train.program import floor_bytes
@@ -31,37 +31,26 @@ def compiled(name: str):
     return program, done.as_text() or "", compile_only.memory(done)
 
 
+@functools.cache
+def audited(name: str):
+    program, text, _ = compiled(name)
+    return audit(program, text, gpu("H200"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_kernels_are_ours_and_nothing_is_densified(name):
     program, text, _ = compiled(name)
     assert plan.compiled_attention(text, program) == "triton"
     assert plan.compiled_experts(text, program) == "triton"
-    config, devices = program.layout.model.config, program.layout.mesh.size
-    tokens = program.rows_per_device * program.seq_len
-    chunk = min(program.step.config.experts_chunk, tokens)
-    found = forbidden_arrays(
-        text,
-        tokens=tokens,
-        vocab=config.vocab_size,
-        vocab_shards=devices,
-        experts=config.num_experts // program.layout.mesh.shape["expert"],
-        rows=chunk * config.num_experts_per_tok,
-        features=(config.hidden_size, config.moe_intermediate_size),
-    )
-    assert not found
+    assert not audited(name).forbidden
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_gathers_run_beside_compute_and_none_comes_early(name):
-    program, text, _ = compiled(name)
-    kernels = functools.partial(plan.kernel_flops, program=program, docs=[program.seq_len])
-    found = schedule.overlap(text, gpu("H200"), kernel_flops=kernels)
-    assert schedule.overlapped_fraction(found) >= 0.9
-    config, mesh = program.layout.model.config, program.layout.mesh.shape
-    experts = 3 * config.num_experts * config.hidden_size * config.moe_intermediate_size
-    assert gathered.layers_ahead(text, 2 * experts // mesh["expert"]) <= 1.0
+    assert audited(name).overlapped >= 0.9
+    assert audited(name).layers_ahead <= 1.0
 
 
 @pytest.mark.slow
