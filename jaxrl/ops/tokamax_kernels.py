@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 IMPLEMENTATIONS = ("mosaic", "triton")  # of ragged_dot; attention is Mosaic
@@ -224,7 +225,7 @@ def ragged_dot(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _ragged_dot(x, w, group_sizes, implementation):
-    out = _product(x, w, group_sizes, _ROWS_BY_EXPERT, implementation)
+    out = _product(x, _row_major(w), group_sizes, _ROWS_BY_EXPERT, implementation)
     return _zero_beyond(out, group_sizes)
 
 
@@ -234,12 +235,21 @@ def _ragged_dot_forward(x, w, group_sizes, implementation):
 
 def _ragged_dot_backward(implementation, residuals, dout):
     x, w, group_sizes = residuals
-    dx = _product(dout.astype(x.dtype), w, group_sizes, _ROWS_BY_TRANSPOSED, implementation)
-    dw = _product(x, dout.astype(x.dtype), group_sizes, _SUM_OVER_ROWS, "triton")
+    dout = dout.astype(x.dtype)
+    dx = _product(dout, _row_major(w), group_sizes, _ROWS_BY_TRANSPOSED, implementation)
+    dw = _product(x, dout, group_sizes, _SUM_OVER_ROWS, "triton")
     return _zero_beyond(dx, group_sizes), dw, None
 
 
 _ragged_dot.defvjp(_ragged_dot_forward, _ragged_dot_backward)
+
+
+def _row_major(w):
+    """`w` as it lies in memory. The kernels want one of K and N last, in one pass or the other, and
+    XLA would rather turn the weights of all layers, once, in front of the loop over layers: a
+    second copy of every expert that no gather brings anew (235B on 8 GPUs with an expert axis of 8:
+    53 GiB). So a layer's are turned in its turn."""
+    return with_layout_constraint(w, Layout(major_to_minor=(0, 1, 2)))
 
 
 def _product(a, b, group_sizes, dimensions, implementation):

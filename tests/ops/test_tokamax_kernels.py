@@ -23,6 +23,7 @@ from jaxrl.ops import tokamax_kernels
 GPUS = ("H100", "H200", "B200", "A6000")
 ATTENTION = ((1, 4096, 32, 8, 128), (1, 4096, 32, 8, 64))  # B T N K H
 GROUPED = (8192, 2048, 768, 128)  # M K N E
+LAYERS = (16, 16, 1024, 1024)  # L E K N, of 512 rows
 MOSAIC, TRITON = 'custom_call_target="mosaic_gpu_v2"', 'custom_call_target="triton_kernel_call_ffi"'
 MiB = 2**20
 
@@ -82,6 +83,13 @@ def test_ragged_dot_compiles_forward_and_backward(compiled, gpu, implementation,
     M, K, N, E = GROUPED
     transposed_weights, rows = 2 * E * K * N, 2 * M * (K + N)
     assert case["temp"] < transposed_weights + 3 * rows  # densified: 2 * E * M * K, 4 GiB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", GPUS)
+def test_weights_of_all_layers_are_not_turned_in_front_of_the_loop(compiled, gpu):
+    L, E, K, N = LAYERS
+    assert compiled(gpu)["layers"]["temp"] < 2 * L * E * K * N / 3  # of bytes, turned once: 1
 
 
 @pytest.mark.slow
@@ -317,6 +325,15 @@ def main(gpu):
 
         return jax.grad(loss, argnums=(0, 1))
 
+    def layers(x, w, sizes):
+        """The gradient of x through layers of experts, stacked, that are not trained."""
+
+        @jax.checkpoint
+        def layer(x, w):
+            return x + tokamax_kernels.ragged_dot(x, w, sizes), None
+
+        return jnp.sum(jax.lax.scan(layer, x, w)[0].astype(jnp.float32) ** 2)
+
     def kept(x, starts):
         """The gradient of layers that keep attention's output and residual."""
         from jaxrl.ops.attention import keepable
@@ -348,6 +365,9 @@ def main(gpu):
     args = ((M, K), bf16), ((E, K, N), bf16), ((E,), int32)
     for name in {seen["default"], *(["triton"] if gpu == "B200" else [])}:
         seen[f"ragged_dot {name}"] = compile_on(ragged_dot_gradient(name), *args)
+    L, E, K, N = LAYERS
+    args = ((512, K), bf16), ((L, E, K, N), bf16), ((E,), int32)
+    seen["layers"] = compile_on(jax.grad(layers), *args)
     print(json.dumps(seen))
 
 
