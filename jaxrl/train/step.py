@@ -135,6 +135,8 @@ def gpu_options(layer_bytes: int, *, experts: bool) -> dict[str, bool | int | st
     layer_bytes: of one layer's gathered weights.
     """
     options: dict[str, bool | int | str] = {
+        # XLA's default on Hopper and Blackwell alone.
+        "xla_gpu_enable_latency_hiding_scheduler": True,
         # XLA's default, but never a whole layer in one gather: there would be nothing to compute
         # beside it.
         "xla_gpu_all_gather_combine_threshold_bytes": min(30 * 2**20, layer_bytes // 2),
