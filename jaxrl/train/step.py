@@ -129,12 +129,12 @@ def experts_chunk(backend: str, *, lora: bool, expert_axis: int) -> int:
     return max(1, (8192 if lora else 16384) // expert_axis)
 
 
-def gpu_options(layer_bytes: int, *, experts: bool) -> dict[str, bool | int | str]:
+def gpu_options(layer_bytes: int) -> dict[str, bool | int | str]:
     """For XLA's GPU compiler, wherever the step is compiled: measured, planned and trained with.
 
     layer_bytes: of one layer's gathered weights.
     """
-    options: dict[str, bool | int | str] = {
+    return {
         # XLA's default on Hopper and Blackwell alone.
         "xla_gpu_enable_latency_hiding_scheduler": True,
         # XLA's default, but never a whole layer in one gather: there would be nothing to compute
@@ -142,12 +142,11 @@ def gpu_options(layer_bytes: int, *, experts: bool) -> dict[str, bool | int | st
         "xla_gpu_all_gather_combine_threshold_bytes": min(30 * 2**20, layer_bytes // 2),
         # A layer's first gradients travel while its others are computed.
         "xla_gpu_reduce_scatter_combine_threshold_bytes": 64 * 2**20,
+        # One at a time, a layer's gathers would use up what little there is to compute before its
+        # first product, and the first would wait; and of those of the experts, which take as long
+        # as attention does, only one would run beside it.
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
     }
-    if experts:
-        # Three gathers of all experts, which take as long as attention does: started together, or
-        # only one of them would run beside it.
-        options["xla_gpu_experimental_parallel_collective_overlap_limit"] = 4
-    return options
 
 
 # In the order of the schedule: devices of a CPU that begin collectives over different groups in
@@ -205,7 +204,7 @@ class TrainStep:
         if self.target.backend == "gpu":
             layers = [s for p, s in specs(model).items() if p[0] == "layers"]
             layer = sum(s.size // s.shape[0] for s in layers) * self.dtype.itemsize
-            return gpu_options(layer, experts=bool(model.config.num_experts))
+            return gpu_options(layer)
         return CPU_OPTIONS if self.layout.mesh.size > 1 else None
 
     def attention(self, *, packed: bool, seq_len: int) -> Attend:

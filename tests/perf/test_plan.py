@@ -29,6 +29,7 @@ def compiled(text: str, **train):
 
 EIGHT = "rl full 16384 recompute fa3 8xH100"
 FOUR_A6000 = "rl full 65536 recompute fa2 4xA6000"
+SHORT = "Qwen3-4B-Instruct-2507 rl full 16384 recompute fa3 8xH200"  # for its weights
 OFFLOAD = "rl lora16 65536 offload fa2 1xA6000"
 
 
@@ -170,10 +171,10 @@ def test_plan_row_fills_the_keys(monkeypatch):
     assert result["host_mem_gib"] == 0
 
 
-@pytest.mark.parametrize("row", [EIGHT, FOUR_A6000])
+@pytest.mark.parametrize("row", [EIGHT, FOUR_A6000, SHORT])
 def test_gathers_overlap_compute_and_none_comes_early(row):
     program, done, _ = compiled(row)
-    found = audit(program, done.as_text() or "", gpu(row.partition("x")[2]))
+    found = audit(program, done.as_text() or "", gpu(row.rpartition("x")[2]))
     assert found.overlapped >= 0.9
     assert found.hidden >= 0.9
     assert found.layers_ahead <= 1.0
