@@ -4,24 +4,41 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxrl.trackers import Tracker
 
 
 class Monitor:
-    """Appends scalars to `FOLDER/metrics.jsonl` and TensorBoard files in `FOLDER`.
+    """Appends scalars to `FOLDER/metrics.jsonl`, TensorBoard files in `FOLDER`, and `trackers`.
 
+    resumed_at: of a run that goes on from a checkpoint, its step: what was written of later steps,
+    which will be trained again, is dropped.
     Use as a context manager. Raises OSError where the folder cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, tensorboard: bool = True):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        tensorboard: bool = True,
+        trackers: Sequence[Tracker] = (),
+        resumed_at: int | None = None,
+    ):
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._jsonl = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        file = self.folder / "metrics.jsonl"
+        if resumed_at is not None and file.is_file():
+            _drop_later(file, resumed_at)
+        self._jsonl = file.open("a", encoding="utf-8")
+        self._trackers = trackers
         self._writer = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # slow to import, and not always wanted
 
-            self._writer = SummaryWriter(str(self.folder))
+            purge: Any = None if resumed_at is None else resumed_at + 1
+            self._writer = SummaryWriter(str(self.folder), purge_step=purge)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write `scalars` of one step; one that is not finite is null in the JSONL file."""
@@ -32,14 +49,43 @@ class Monitor:
         if self._writer:
             for name, value in known.items():
                 self._writer.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(step, known)
+
+    def text(self, name: str, text: str, step: int = 0) -> None:
+        """Show `text` (markdown) under `name` in TensorBoard."""
+        if self._writer:
+            self._writer.add_text(name, text, step)
+
+    def options(self, options: Mapping[str, Any]) -> None:
+        """Show the run's options, by dotted key, as a table in TensorBoard."""
+        rows = [f"| {key} | {value} |" for key, value in options.items()]
+        self.text("options", "\n".join(["| option | value |", "|---|---|", *rows]))
 
     def close(self) -> None:
         self._jsonl.close()
         if self._writer:
             self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _drop_later(file: pathlib.Path, step: int) -> None:
+    """Keep the lines of `file` up to `step`; a last line that a killed run left unfinished goes."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            known = json.loads(line)["step"] <= step
+        except (ValueError, KeyError):
+            known = False
+        if known:
+            kept.append(line + "\n")
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(file)

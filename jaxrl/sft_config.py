@@ -79,7 +79,7 @@ class CheckpointConfig:
     resume: str = option("auto", "`auto`: the newest complete one; a step's number; or `none`.")
     fork: str = option(
         "",
-        "Output folder of another run (`FOLDER` or `FOLDER@STEP`) whose state this one starts from.",
+        "Output folder of another run (`FOLDER` or `FOLDER@STEP`) whose state is the start.",
     )
 
     def __post_init__(self):

@@ -9,12 +9,18 @@ import numpy as np
 from jaxrl.train.step import Batch
 
 
-def batch_shapes(kind: str, micro_batches: int, rows: int, seq_len: int) -> Batch:
-    """The abstract batch [M, B, T] of training type `kind` ("rl" or "sft")."""
+def batch_shapes(
+    kind: str, micro_batches: int, rows: int, seq_len: int, *, packed: bool = False
+) -> Batch:
+    """The abstract batch [M, B, T] of training type `kind` ("rl" or "sft"); `packed`: with
+    positions and segment ids."""
     shape = (micro_batches, rows, seq_len)
     ints: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     floats: Any = jax.ShapeDtypeStruct(shape, jnp.float32) if kind == "rl" else None
-    return Batch(tokens=ints, loss_mask=ints, advantages=floats, sampler_logprobs=floats)
+    documents: Any = {"positions": ints, "segment_ids": ints} if packed else {}
+    return Batch(
+        tokens=ints, loss_mask=ints, advantages=floats, sampler_logprobs=floats, **documents
+    )
 
 
 def fake_batch(

@@ -58,6 +58,11 @@ def plan_row(row: Row, config: BenchConfig) -> dict[str, Any]:
     memory than the GPU has.
     """
     program = program_for(row, config, compile_only.topology(row.gpu, row.num_gpus, row.num_hosts))
+    return plan_program(program, row.gpu)
+
+
+def plan_program(program: Program, gpu_name: str) -> dict[str, Any]:
+    """As `plan_row`, of a program on the compile-only devices of that GPU."""
     start = time.perf_counter()
     with compile_only.as_device(program.layout.mesh), compile_only.cudnn_assumed():
         lowered = program.lower()
@@ -67,10 +72,10 @@ def plan_row(row: Row, config: BenchConfig) -> dict[str, Any]:
     memory = compile_only.memory(compiled)
     attention = compiled_attention(text, program)
     peak = (memory.peak + _unplanned_bytes(attention, program)) / GiB
-    capacity = gpu(row.gpu).memory_gib
+    capacity = gpu(gpu_name).memory_gib
     if peak > capacity:
         raise ValueError(
-            f"needs {peak:.1f} GiB on each {row.gpu}, which has {capacity:.1f}; use "
+            f"needs {peak:.1f} GiB on each {gpu_name}, which has {capacity:.1f}; use "
             "more GPUs, a shorter seq_len, offload or LoRA"
         )
     return {
@@ -218,7 +223,7 @@ _CALLS = {
 
 def compiled_attention(text: str, program: Program) -> str:
     """The attention that the compiled program really calls. Raises RuntimeError if not as asked."""
-    asked = program.step.attention(packed=False, seq_len=program.seq_len).name
+    asked = program.step.attention(packed=program.packed, seq_len=program.seq_len).name
     found = [name for name, call in _CALLS.items() if re.search(call, text)] or ["xla"]
     if found != [asked]:
         raise RuntimeError(f"attention {asked} was asked for, {' and '.join(found)} was compiled")

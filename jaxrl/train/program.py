@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,10 @@ from jaxrl.models.moe import ExpertOps
 from jaxrl.models.params import nest, specs
 from jaxrl.models.transformer import Transformer, merge_trees
 from jaxrl.ops.grouped_matmul import composed
+from jaxrl.options import ConfigError
 from jaxrl.parallel.context import check_context
+from jaxrl.parallel.mesh import make_mesh
+from jaxrl.sft_config import SftConfig
 from jaxrl.train.offload import HOST
 from jaxrl.train.optimizer import make_optimizer
 from jaxrl.train.state import StateLayout, TrainState
@@ -27,12 +31,14 @@ from jaxrl.train.step import BATCH_SPEC, Batch, TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A training step and the shapes it runs on. `rows`: sequences per micro-batch, all devices."""
+    """A training step and the shapes it runs on. `rows`: sequences per micro-batch, all devices.
+    packed: rows hold several documents."""
 
     step: TrainStep
     micro_batches: int
     rows: int
     seq_len: int
+    packed: bool = False
 
     @property
     def layout(self) -> StateLayout:
@@ -54,7 +60,8 @@ class Program:
 
     def abstract_batch(self) -> Batch:
         sharding = NamedSharding(self.layout.mesh, BATCH_SPEC)
-        shapes = batch_shapes(self.step.config.type, self.micro_batches, self.rows, self.seq_len)
+        shape = (self.micro_batches, self.rows, self.seq_len)
+        shapes = batch_shapes(self.step.config.type, *shape, packed=self.packed)
         return jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
         )
@@ -75,6 +82,7 @@ def build_program(
     seq_len: int,
     micro_batches: int,
     rows_per_device: int = 1,
+    packed: bool = False,
 ) -> Program:
     """The step for this model, mesh and recipe; `lora_rank` 0 is full fine-tuning.
 
@@ -98,7 +106,35 @@ def build_program(
         num_kv_heads=model.num_kv_heads,
     )
     rows = rows_per_device * mesh.shape["fsdp"] * mesh.shape["expert"]
-    return Program(TrainStep(layout, step), micro_batches, rows, seq_len)
+    return Program(TrainStep(layout, step), micro_batches, rows, seq_len, packed)
+
+
+def sft_program(config: SftConfig, model: ModelConfig, devices: Sequence) -> Program:
+    """The step of an SFT run over these devices; its rows are packed.
+
+    Raises ConfigError where `batch_size` is no multiple of the rows that the devices work on at
+    once, ValueError where they do not divide the model.
+    """
+    mesh = make_mesh(devices, expert=config.mesh.expert, context=config.mesh.context)
+    at_once = config.rows_per_device * mesh.shape["fsdp"] * mesh.shape["expert"]
+    if config.batch_size % at_once:
+        least = max(config.batch_size // at_once, 1) * at_once
+        raise ConfigError(
+            f"config.batch_size {config.batch_size} is no multiple of the {at_once} rows that "
+            f"{len(devices)} devices work on at once; use e.g. {least}"
+        )
+    return build_program(
+        model,
+        mesh=mesh,
+        step=config.step,
+        optimizer=config.optimizer,
+        lora_rank=config.lora_rank,
+        lora=config.lora,
+        seq_len=config.data.seq_len,
+        micro_batches=config.batch_size // at_once,
+        rows_per_device=config.rows_per_device,
+        packed=True,
+    )
 
 
 def floor_bytes(program: Program) -> int:
