@@ -14,9 +14,9 @@ from jaxrl.config import LoraOptions, OptimizerConfig, StepConfig
 from jaxrl.models.hf_config import read_config
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.perf import flops, hardware, provenance
+from jaxrl.train.batch import Batch
 from jaxrl.train.program import build_program
 from jaxrl.train.state import TrainState
-from jaxrl.train.step import Batch
 
 AFTER_IMPORT = peak_rss()
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.train.step import Batch
+from jaxrl.train.batch import Batch
 
 
 def batch_shapes(

@@ -23,10 +23,11 @@ from jaxrl.options import ConfigError
 from jaxrl.parallel.context import check_context
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.sft_config import SftConfig
+from jaxrl.train.batch import BATCH_SPEC, Batch
 from jaxrl.train.offload import HOST
 from jaxrl.train.optimizer import make_optimizer
 from jaxrl.train.state import StateLayout, TrainState
-from jaxrl.train.step import BATCH_SPEC, Batch, TrainStep
+from jaxrl.train.step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ import numpy as np
 from jaxrl.config import LoraOptions, OptimizerConfig, StepConfig
 from jaxrl.models.config import ModelConfig
 from jaxrl.parallel.mesh import make_mesh
+from jaxrl.train.batch import Batch
 from jaxrl.train.program import Program, build_program
 from jaxrl.train.state import TrainState
-from jaxrl.train.step import Batch
 
 TINY = ModelConfig(
     name="tiny",
