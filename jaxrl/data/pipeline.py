@@ -1,0 +1,242 @@
+"""From samples to global batches: shuffled, tokenized, packed; a stream that can be gone on with.
+
+Every host makes the same global batches and moves its own rows to its devices: a run's batches are
+the same on any number of hosts. A place in the stream is a window of samples and a row of it, so
+that it does not depend on how many workers there were.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from jaxrl.data.chat import SampleError, parse_sample
+from jaxrl.data.packing import Rows, empty_rows, pack
+from jaxrl.data.sources import Samples, check_fingerprint
+from jaxrl.data.template import ChatTemplate, Encoded
+from jaxrl.data.tokenizer import Tokenizer
+from jaxrl.options import ConfigError
+from jaxrl.sft_config import DataConfig
+
+ESTIMATE_WINDOWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalBatch:
+    """[batch_size, T] int32 arrays as `packing.Rows` has them, of all hosts.
+
+    doc_lengths: of all its documents. counts: of the samples that became these rows, and of those
+    that did not, by reason. epoch: how much of the data the stream has gone through, 1.5 for half
+    of the second pass.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+    doc_lengths: tuple[int, ...]
+    counts: Mapping[str, int]
+    epoch: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The packed rows of some samples, and what became of the samples."""
+
+    rows: Rows
+    counts: collections.Counter
+
+
+@dataclasses.dataclass(frozen=True)
+class PackWindow:
+    """Numbers of samples to the rows that they fill; runs in workers."""
+
+    config: DataConfig
+    samples: Samples
+    template: ChatTemplate
+    seed: int
+
+    def __call__(self, number: int, chosen: np.ndarray) -> Window:
+        documents, counts = [], collections.Counter(samples=len(chosen))
+        for index in map(int, chosen):
+            try:
+                document = self.encode(index)
+            except SampleError as error:
+                if self.config.bad_samples == "refuse":
+                    raise
+                counts[f"skipped: {error.reason}"] += 1
+                continue
+            if len(document.tokens) > self.config.seq_len:
+                counts["dropped" if self.config.overlong == "drop" else "truncated"] += 1
+                if self.config.overlong == "drop":
+                    continue
+                document = Encoded(*(a[: self.config.seq_len] for a in document.__dict__.values()))
+                if not document.mask.any():
+                    counts["skipped: nothing trained behind truncation"] += 1
+                    continue
+            documents.append(document)
+        rows = pack(
+            documents,
+            self.config.seq_len,
+            self.template.tokenizer.pad_id,
+            several=self.config.pack,
+        )
+        if self.config.shuffle:  # or the rows with the window's longest documents would come first
+            order = np.random.default_rng((self.seed, number)).permutation(len(rows))
+            rows = _taken(rows, order)
+        return Window(rows, counts)
+
+    def encode(self, index: int) -> Encoded:
+        where = self.samples.where(index)
+        return self.template.encode(parse_sample(self.samples[index], where), where)
+
+
+class Batches(Iterator[GlobalBatch]):
+    """The stream of `batches`."""
+
+    def __init__(self, config: DataConfig, pack: PackWindow, batch_size: int, epochs: int):
+        self.config, self.pack, self.batch_size, self.epochs = config, pack, batch_size, epochs
+        count = len(pack.samples)
+        self.per_epoch = math.ceil(count / config.window)
+        numbers = grain.MapDataset.range(count)
+        if config.shuffle:
+            numbers = numbers.shuffle(seed=pack.seed)
+        windows = numbers.batch(config.window, batch_fn=np.array).repeat(epochs or None)
+        self._windows = windows.map_with_index(pack)
+        self._number, self._row = 0, 0  # the next row's window, and which of its rows it is
+        self._iterator: Any = None
+        self._window: Window | None = None
+        self._barren = 0  # windows in a row without a row
+
+    def __next__(self) -> GlobalBatch:
+        parts, missing, counts = [], self.batch_size, collections.Counter()
+        while missing and (window := self._current()) is not None:
+            if self._row == 0:
+                counts.update(window.counts)
+            part = _taken(window.rows, slice(self._row, self._row + missing))
+            parts.append(part)
+            missing -= len(part)
+            self._row += len(part)
+            if self._row >= len(window.rows):
+                self._leave(window)
+        if not sum(map(len, parts)):
+            raise StopIteration
+        if missing:
+            pad = self.pack.template.tokenizer.pad_id
+            parts.append(empty_rows(missing, self.config.seq_len, pad))
+        arrays = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("tokens", "loss_mask", "positions", "segment_ids")
+        }
+        lengths = [n for part in parts for row in part.doc_lengths for n in row]
+        return GlobalBatch(**arrays, doc_lengths=tuple(lengths), counts=counts, epoch=self._epoch())
+
+    def _current(self) -> Window | None:
+        """The window that the next row is in; None behind the last."""
+        if self._window is None:
+            if self._iterator is None:
+                self._iterator = self._read(self._number)
+            self._window = next(self._iterator, None)
+        return self._window
+
+    def _leave(self, window: Window) -> None:
+        self._barren = 0 if len(window.rows) else self._barren + 1
+        if self._barren >= self.per_epoch:
+            told = ", ".join(f"{n} {what}" for what, n in window.counts.items())
+            raise ConfigError(
+                f"no sample of {len(self.pack.samples)} can be used (the last ones: {told}); see "
+                "config.data"
+            )
+        self._window, self._row = None, 0
+        self._number += 1
+
+    def _read(self, first: int) -> Iterator[Window]:
+        windows = self._windows[first:]
+        if self.config.workers:
+            if not flags.FLAGS.is_parsed():  # grain reads its own, and jaxrl has none of absl's
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(num_workers=self.config.workers)
+            ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+            return iter(windows.to_iter_dataset(ahead).mp_prefetch(options))
+        return iter(
+            windows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        )
+
+    def _epoch(self) -> float:
+        part = self._row / len(self._window.rows) if self._window is not None else 0.0
+        return (self._number + part) / self.per_epoch
+
+    def get_state(self) -> dict[str, Any]:
+        """The place behind the last batch, and what data it is a place in: a JSON value."""
+        place = {"window": self._number, "row": self._row}
+        return place | {"fingerprint": self.pack.samples.fingerprint}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a place. Raises ConfigError where the data is not what it was."""
+        self.check(state)
+        self.close()
+        self._number, self._row = state["window"], state["row"]
+
+    def close(self) -> None:
+        """End the workers; the stream can be read on."""
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = self._window = None
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise ConfigError where the data is not what it was when `state` was taken."""
+        check_fingerprint(self.pack.samples.fingerprint, state["fingerprint"])
+
+    def estimated_steps(self) -> int | None:
+        """Batches of all epochs, by the rows of some windows (exact, but for the order of later
+        epochs, where those are all); None without end."""
+        if not self.epochs:
+            return None
+        chosen = np.unique(np.linspace(0, self.per_epoch - 1, ESTIMATE_WINDOWS).astype(int))
+        windows: list[Any] = [self._windows[int(i)] for i in chosen]
+        rows = sum(len(window.rows) for window in windows)
+        samples = sum(window.counts["samples"] for window in windows)
+        rows_of_all = rows / samples * len(self.pack.samples) * self.epochs
+        return max(1, math.ceil(rows_of_all / self.batch_size))
+
+
+def batches(
+    config: DataConfig,
+    samples: Samples,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seed: int,
+    epochs: int,
+) -> Batches:
+    """Global batches of `batch_size` rows for so many passes over the data (0: without end), each
+    in an order of its own; the last batch is filled up with empty rows.
+
+    A sample that cannot be used raises SampleError when its turn comes, or is counted
+    (`bad_samples`).
+    """
+    template = ChatTemplate(tokenizer, roles=config.train_roles, turns=config.train_turns)
+    return Batches(config, PackWindow(config, samples, template, seed), batch_size, epochs)
+
+
+def validation_batches(
+    config: DataConfig, samples: Samples, tokenizer: Tokenizer, *, batch_size: int
+) -> Batches:
+    """One pass in the data's order."""
+    config = dataclasses.replace(config, shuffle=False)
+    return batches(config, samples, tokenizer, batch_size=batch_size, seed=0, epochs=1)
+
+
+def _taken(rows: Rows, index: np.ndarray | slice) -> Rows:
+    return Rows(
+        tokens=rows.tokens[index],
+        loss_mask=rows.loss_mask[index],
+        positions=rows.positions[index],
+        segment_ids=rows.segment_ids[index],
+        doc_lengths=tuple(rows.doc_lengths[i] for i in np.arange(len(rows))[index]),
+    )

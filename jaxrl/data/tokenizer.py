@@ -1,0 +1,67 @@
+"""A checkpoint's tokenizer, its chat template, and the tokens that end a turn."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from jaxrl.options import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """hf: a fast tokenizer of transformers. stop_ids: the tokens at which the model's generation
+    ends (eos_token and generation_config.json's eos_token_id), sorted. pad_id fills rows."""
+
+    hf: Any
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return tuple(self.hf.convert_ids_to_tokens(list(self.stop_ids)))
+
+
+def load_tokenizer(name: str | pathlib.Path, vocab_size: int, chat_template: str = "") -> Tokenizer:
+    """The tokenizer in a checkpoint folder, or of a model on the Hugging Face hub; no code of the
+    checkpoint is run. chat_template: a Jinja file that replaces the tokenizer's own.
+
+    Raises ConfigError where there is none, or it has tokens that a model of `vocab_size` has not.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+    except Exception as error:  # of many kinds, with messages of many lines
+        line = " ".join(str(error).split())[:200]
+        raise ConfigError(f"no tokenizer in {name}: {line}") from error
+    if not hf.is_fast:
+        raise ConfigError(f"the tokenizer in {name} is no fast one: it needs a tokenizer.json")
+    largest = max(hf.get_vocab().values())
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {name} has token {largest} "
+            f"({hf.convert_ids_to_tokens(largest)!r}), and the model {vocab_size} tokens; use the "
+            "tokenizer that the model was trained with"
+        )
+    if chat_template:
+        file = pathlib.Path(chat_template)
+        if not file.is_file():
+            raise ConfigError(f"config.data.chat_template {chat_template!r} is no file")
+        hf.chat_template = file.read_text(encoding="utf-8")
+    stops = {hf.eos_token_id, *_generation_stops(pathlib.Path(name))} - {None}
+    if not stops:
+        raise ConfigError(f"the tokenizer in {name} has no eos_token: nothing would end a turn")
+    pad = next(i for i in (hf.pad_token_id, hf.eos_token_id, min(stops)) if i is not None)
+    return Tokenizer(hf, tuple(sorted(stops)), pad)
+
+
+def _generation_stops(folder: pathlib.Path) -> list[int]:
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return []
+    try:
+        stops = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except ValueError as error:
+        raise ConfigError(f"{file} is no JSON ({error})") from None
+    return [stops] if isinstance(stops, int) else list(stops or ())
