@@ -72,5 +72,6 @@ def pack(documents: Sequence[Encoded], seq_len: int, pad_id: int, *, several: bo
 
 def empty_rows(count: int, seq_len: int, pad_id: int) -> Rows:
     """Rows of padding alone."""
-    zeros = [np.zeros((count, seq_len), np.int32) for _ in range(3)]
-    return Rows(np.full((count, seq_len), pad_id, np.int32), *zeros, ((),) * count)
+    mask, positions, segments = (np.zeros((count, seq_len), np.int32) for _ in range(3))
+    tokens = np.full((count, seq_len), pad_id, np.int32)
+    return Rows(tokens, mask, positions, segments, doc_lengths=((),) * count)
