@@ -84,6 +84,17 @@ def options_table(cls: type) -> str:
     return "\n".join(lines)
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"ac": x}} -> {"train.ac": x}."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = value
+    return values
+
+
 def show_value(value: Any) -> str:
     """An option's value as one would type it on the command line."""
     if isinstance(value, tuple):

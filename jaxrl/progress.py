@@ -64,7 +64,7 @@ class RunConsole:
         self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """A finished step: its line, if it is one of every `every`, the last, or has a validation."""
+        """A finished step: its line, if it is due, the last, or has a validation."""
         self.done = step
         if self.bar:
             self.bar.update(self.task, completed=step, description=f"ETA {self.eta()}")

@@ -4,9 +4,9 @@ python -m jaxrl.sft --config=configs/sft_smollm2.py
 python -m jaxrl.sft --config=configs/sft_qwen3_4b.py --config.data.train=chats.jsonl
 python -m jaxrl.sft --config=configs/sft_qwen3_4b.py --config.gpu=8xH100 --dry_run
 
-Writes checkpoints, metrics.jsonl and TensorBoard files into the output folder; run again, it goes on
-from the newest checkpoint. SIGTERM and Ctrl-C save and end the run. Exit code: 0 done or stopped,
-1 the run gave up (bad gradients), 2 bad input or a disk that is full.
+Writes checkpoints, metrics.jsonl and TensorBoard files into the output folder; run again, it goes
+on from the newest checkpoint. SIGTERM and Ctrl-C save and end the run. Exit code: 0 done or
+stopped, 1 the run gave up (bad gradients), 2 bad input or a disk that is full.
 
 Started on several hosts (see launch/), it is one program over all their devices.
 """

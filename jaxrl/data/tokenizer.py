@@ -1,7 +1,9 @@
 """A checkpoint's tokenizer, its chat template, and the tokens that end a turn."""
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -17,7 +19,7 @@ class Tokenizer:
     stop_ids: tuple[int, ...]
     pad_id: int
 
-    @property
+    @functools.cached_property
     def stop_texts(self) -> tuple[str, ...]:
         return tuple(self.hf.convert_ids_to_tokens(list(self.stop_ids)))
 
@@ -28,6 +30,7 @@ def load_tokenizer(name: str | pathlib.Path, vocab_size: int, chat_template: str
 
     Raises ConfigError where there is none, or it has tokens that a model of `vocab_size` has not.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that torch is missing
     from transformers import AutoTokenizer
 
     try:

@@ -168,6 +168,19 @@ def is_reporter() -> bool:
     return jax.process_index() == 0
 
 
+def any_process(flag: bool) -> bool:
+    """Whether any process says so; all of them are to ask at the same place."""
+    import jax
+
+    if jax.process_count() == 1:
+        return flag
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    with jax.transfer_guard("allow"):
+        return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
 def in_order(devices: Iterable) -> list:
     """Devices host by host, as `make_mesh` wants them.
 
@@ -220,7 +233,8 @@ def global_batch[B](abstract: B, make: Callable[[slice], B]) -> B:
 
         return jax.make_array_from_callback(whole.shape, whole.sharding, piece, dtype=whole.dtype)
 
-    return jax.tree.map(assemble, abstract, make(rows))
+    with jax.transfer_guard_host_to_device("allow"):  # the one that is meant
+        return jax.tree.map(assemble, abstract, make(rows))
 
 
 @contextlib.contextmanager

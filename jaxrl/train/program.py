@@ -110,8 +110,12 @@ def build_program(
     return Program(TrainStep(layout, step), micro_batches, rows, seq_len, packed)
 
 
-def sft_program(config: SftConfig, model: ModelConfig, devices: Sequence) -> Program:
+def sft_program(
+    config: SftConfig, model: ModelConfig, devices: Sequence, *, total_steps: int | None = None
+) -> Program:
     """The step of an SFT run over these devices; its rows are packed.
+
+    total_steps: the run's, for schedules whose own `total_steps` is 0.
 
     Raises ConfigError where `batch_size` is no multiple of the rows that the devices work on at
     once, ValueError where they do not divide the model.
@@ -124,11 +128,14 @@ def sft_program(config: SftConfig, model: ModelConfig, devices: Sequence) -> Pro
             f"config.batch_size {config.batch_size} is no multiple of the {at_once} rows that "
             f"{len(devices)} devices work on at once; use e.g. {least}"
         )
+    optimizer = config.optimizer
+    if total_steps and not optimizer.total_steps:
+        optimizer = dataclasses.replace(optimizer, total_steps=total_steps)
     return build_program(
         model,
         mesh=mesh,
         step=config.step,
-        optimizer=config.optimizer,
+        optimizer=optimizer,
         lora_rank=config.lora_rank,
         lora=config.lora,
         seq_len=config.data.seq_len,

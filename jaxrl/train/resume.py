@@ -1,0 +1,134 @@
+"""Where a run begins: at its own newest checkpoint, at a given one, or at another run's."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxrl.data.pipeline import Batches
+from jaxrl.options import ConfigError, flat, show_value
+from jaxrl.sft_config import SftConfig
+from jaxrl.train.checkpoint import Checkpoints, Restored
+from jaxrl.train.state import StateLayout
+
+# What a resumed run may change: where and how fast it runs, how long, what it shows. All other
+# options decide what is computed.
+FREE = (
+    "output",
+    "max_steps",
+    "epochs",
+    "rows_per_device",
+    "mesh",
+    "train",
+    "max_bad_steps",
+    "eval_every",
+    "eval_batches",
+    "checkpoint",
+    "log_every",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "profile",
+    "dry_run",
+    "gpu",
+    "data.workers",
+    "data.validation",
+    "data.validation_split",
+)
+# What decides the order of the data.
+DATA = ("data", "batch_size", "seed", "tokenizer")
+
+
+def resume(
+    config: SftConfig,
+    checkpoints: Checkpoints,
+    layout: StateLayout,
+    stream: Batches,
+    say: Callable[[str], None],
+) -> Restored | None:
+    """The checkpoint that the run goes on from, None for a new run; `stream` is moved to its place.
+
+    `say` is told where it begins, and of checkpoints that were corrupted. Raises ConfigError where
+    options or data are not those that the checkpoint was written with.
+    """
+    wish, steps = config.checkpoint.resume, checkpoints.steps()
+    if wish == "none" and steps:
+        raise ConfigError(
+            f"config.checkpoint.resume is none, and {config.output} holds checkpoints of steps "
+            f"{', '.join(map(str, steps))}; name another config.output, or resume with auto"
+        )
+    if steps or wish not in ("auto", "none"):
+        step = None if wish == "auto" else int(wish)
+        restored = checkpoints.restore(layout.abstract(), step)
+        if restored is not None:
+            _tell(restored, config.output, say)
+            _same_options(config, restored)
+            stream.check(restored.extra["data"])
+            stream.set_state(restored.extra["data"])
+            return restored
+    return fork(config, layout, stream, say) if config.checkpoint.fork else None
+
+
+def fork(
+    config: SftConfig, layout: StateLayout, stream: Batches, say: Callable[[str], None]
+) -> Restored:
+    """The state of another run. The data goes on where that run was, if it is the same data in the
+    same order, else from its beginning."""
+    folder, at, step = config.checkpoint.fork.rpartition("@")
+    if not at:
+        folder, step = config.checkpoint.fork, ""
+    elif not step.isdigit():
+        raise ConfigError(f"config.checkpoint.fork names step {step!r}; write FOLDER@STEP")
+    with Checkpoints(f"{folder}/checkpoints", read_only=True) as other:
+        restored = other.restore(layout.abstract(), int(step) if step else None)
+    if restored is None:
+        raise ConfigError(f"config.checkpoint.fork: {folder} holds no checkpoint")
+    _tell(restored, folder, say)
+    changed = _changed(config, restored, lambda key: not _within(key, DATA) or _within(key, FREE))
+    same = not changed
+    if same:
+        try:
+            stream.check(restored.extra["data"])
+        except ConfigError:
+            same = False
+    if same:
+        stream.set_state(restored.extra["data"])
+    else:
+        say("other data than the forked run's, or another order: it begins anew")
+    extra = {key: value for key, value in restored.extra.items() if key != "counts"}
+    return dataclasses.replace(restored, extra=extra)
+
+
+def _tell(restored: Restored, folder: str, say: Callable[[str], None]) -> None:
+    for step, reason in restored.skipped:
+        say(f"checkpoint of step {step} cannot be used: {reason}")
+    say(f"going on from step {restored.step} of {folder}")
+
+
+def _same_options(config: SftConfig, restored: Restored) -> None:
+    for key, (now, then) in _changed(config, restored, lambda key: _within(key, FREE)).items():
+        raise ConfigError(
+            f"config.{key} is {show_value(now)!r}, and the run in {config.output} has "
+            f"{show_value(then)!r}; put it back, or fork the run: "
+            f"--config.checkpoint.fork={config.output} --config.output=ANOTHER"
+        )
+
+
+def _changed(
+    config: SftConfig, restored: Restored, left_out: Callable[[str], bool]
+) -> Mapping[str, tuple[Any, Any]]:
+    """(now, then) of the options that differ from the checkpoint's, by dotted key."""
+    now, then = flat(dataclasses.asdict(config)), flat(restored.extra["config"])
+    return {
+        key: (value, then[key])
+        for key, value in now.items()
+        # An option that the checkpoint does not know is younger than it is.
+        if key in then and not left_out(key) and _plain(value) != _plain(then[key])
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)

@@ -1,0 +1,397 @@
+"""Supervised fine-tuning: from its options to a trained checkpoint."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl.data.chat import SampleError
+from jaxrl.data.pipeline import Batches, GlobalBatch, batches, validation_batches
+from jaxrl.data.sources import Samples, hold_out, open_samples
+from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
+from jaxrl.models.hf_config import read_config
+from jaxrl.models.safetensors_folder import write_json
+from jaxrl.monitor import Monitor
+from jaxrl.options import ConfigError, flat
+from jaxrl.parallel.distributed import any_process, global_batch, is_reporter
+from jaxrl.perf.flops import active_lora_params
+from jaxrl.perf.meter import Meter
+from jaxrl.progress import RunConsole
+from jaxrl.sft_config import SftConfig
+from jaxrl.trackers import Mlflow, Tracker, Wandb
+from jaxrl.train.batch import Batch
+from jaxrl.train.checkpoint import Checkpoints, Restored
+from jaxrl.train.evaluate import Evaluation
+from jaxrl.train.pretrained import find_checkpoint, load_state
+from jaxrl.train.program import Program, sft_program
+from jaxrl.train.resume import resume
+from jaxrl.train.signals import StopSignals
+from jaxrl.train.state import TrainState
+
+GAVE_UP = 1
+
+
+@dataclasses.dataclass
+class Run:
+    """What the loop works with. `counts`, since the run began: of samples and of updates."""
+
+    config: SftConfig
+    program: Program
+    evaluation: Evaluation
+    stream: Batches
+    held_out: Callable[[], Iterable[GlobalBatch]] | None
+    checkpoints: Checkpoints
+    monitor: Monitor
+    console: RunConsole
+    meter: Meter
+    source: Mapping[str, Any]  # what every checkpoint tells of the run, beside its place
+    counts: collections.Counter
+    bad_in_a_row: int = 0
+    clock: float = 0.0
+    recent: collections.deque = dataclasses.field(default_factory=collections.deque)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A step whose metrics are still on the devices."""
+
+    step: int
+    metrics: Mapping[str, jax.Array]
+    batch: GlobalBatch
+    data_s: float
+
+
+def train(config: SftConfig) -> int:
+    """Train as `config` says; returns the exit code: 0 done or stopped by a signal, 1 gave up.
+
+    Raises ConfigError for input that cannot be used, `cli.OutputError` for a disk that is full.
+    """
+    folder = find_checkpoint(config.model)
+    model = read_config(folder)
+    tokenizer = load_tokenizer(
+        config.tokenizer or folder, model.vocab_size, config.data.chat_template
+    )
+    samples, held_out = open_data(config)
+    stream = batches(
+        config.data,
+        samples,
+        tokenizer,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epochs=config.epochs,
+    )
+    total = config.max_steps or stream.estimated_steps()
+    program = sft_program(config, model, jax.devices(), total_steps=total)
+    output = pathlib.Path(config.output)
+    with contextlib.ExitStack() as stack:
+        stack.callback(stream.close)
+        checkpoints = Checkpoints(
+            output / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+        )
+        stack.enter_context(checkpoints)
+        said = [describe(program, samples, total)]
+        restored = resume(config, checkpoints, program.layout, stream, said.append)
+        if restored is None:
+            restored = Restored(
+                0, load_state(program.layout, folder, jax.random.key(config.seed)), {}
+            )
+        console = RunConsole(total, restored.step, every=config.log_every, quiet=not is_reporter())
+        for line in said:
+            console.say(line)
+        run = Run(
+            config=config,
+            program=program,
+            evaluation=Evaluation(program.step),
+            stream=stream,
+            held_out=functools.partial(
+                validation_batches,
+                config.data,
+                held_out,
+                tokenizer,
+                batch_size=config.batch_size,
+            )
+            if held_out is not None
+            else None,
+            checkpoints=checkpoints,
+            monitor=stack.enter_context(open_monitor(config, output, restored.step)),
+            console=stack.enter_context(console),
+            meter=make_meter(config, program),
+            source={
+                "kind": "sft",
+                "config": dataclasses.asdict(config),
+                "model_folder": str(folder.absolute()),
+            },
+            counts=collections.Counter(restored.extra.get("counts", {})),
+        )
+        run.monitor.text("samples", sample_text(stream, tokenizer), restored.step)
+        return fit(run, restored.state, restored.step)
+
+
+def fit(run: Run, state: TrainState, step: int) -> int:
+    """The loop, from `step` on; returns the exit code. The last state is saved."""
+    config, done = run.config, None
+    saved = step
+    if step == 0 and run.held_out is not None:
+        values = validate(run, state)
+        run.monitor.log(0, values)
+        run.console.step(0, values)
+    with StopSignals() as stop, Profile(run) as profile, jax.transfer_guard("disallow"):
+        run.clock = time.perf_counter()
+        while not any_process(stop.requested) and (step < config.max_steps or not config.max_steps):
+            began = time.perf_counter()
+            batch = next(run.stream, None)
+            if batch is None:  # all epochs are through
+                break
+            waited, step = time.perf_counter() - began, step + 1
+            profile.before(step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = run.program.step(state, device_batch(run.program, batch))
+            # A step's metrics are fetched while the devices work on the next one.
+            last, done = done, Pending(step, metrics, batch, waited)
+            if last is not None:
+                finish(run, last)
+            evaluate, keep = (
+                every > 0 and step % every == 0
+                for every in (config.eval_every, config.checkpoint.every)
+            )
+            if evaluate or keep or profile.ends(step):
+                finish(run, done, state if evaluate else None)
+                done = None
+            if run.bad_in_a_row >= config.max_bad_steps:
+                break
+            if keep:
+                save(run, state, saved := step)
+            profile.after(step)
+        if done is not None:
+            finish(run, done, None if stop.requested else state)
+        if step != saved:
+            save(run, state, step)
+        run.checkpoints.wait()
+    return report(run, step, stop.requested)
+
+
+def finish(run: Run, done: Pending, state: TrainState | None = None) -> None:
+    """Wait for a step and tell its metrics; with `state`, also a validation's, if there is data."""
+    fetched = jax.device_get({k: v for k, v in done.metrics.items() if v.ndim == 0})
+    now = time.perf_counter()
+    seconds, run.clock = now - run.clock, now
+    values = {k: float(v) for k, v in fetched.items()}
+    values["trained_tokens"] = values.pop("tokens")
+    run.counts.update(done.batch.counts)
+    lengths = done.batch.doc_lengths
+    values |= run.meter.step(lengths, seconds) | {
+        "data_s": done.data_s,
+        "documents": len(lengths),
+        "fill_pct": 100 * sum(lengths) / run.program.tokens_per_step,
+        "epoch": done.batch.epoch,
+    }
+    if values.get("skipped"):
+        if values["trained_tokens"]:
+            run.counts["updates_skipped"] += 1
+            run.bad_in_a_row += 1
+            run.recent.append((done.step, done.batch))
+        else:
+            run.counts["batches_without_trained_tokens"] += 1
+            run.console.say(f"step {done.step}: no token of its batch is trained; no update")
+    else:
+        run.bad_in_a_row = 0
+        run.recent.clear()
+    values |= {f"total/{name}": float(n) for name, n in run.counts.items()}
+    if state is not None and run.held_out is not None:
+        values |= validate(run, state)
+        run.clock = time.perf_counter()  # a validation is no part of a step
+    run.monitor.log(done.step, values)
+    run.console.step(done.step, values)
+
+
+def validate(run: Run, state: TrainState) -> dict[str, float]:
+    """`eval_loss`, per trained token of the validation data, and how many there were."""
+    assert run.held_out is not None
+    total = collections.Counter()
+    limit = run.config.eval_batches or None
+    for batch in itertools.islice(run.held_out(), limit):
+        found = jax.device_get(run.evaluation(state, device_batch(run.program, batch)))
+        total.update({name: float(value) for name, value in found.items()})
+    if not total["tokens"]:
+        raise ConfigError("no token of the validation data is trained; see config.data.validation")
+    return {"eval_loss": total["loss"] / total["tokens"], "eval_tokens": total["tokens"]}
+
+
+def save(run: Run, state: TrainState, step: int) -> None:
+    """Begin to write a checkpoint of `step`, which all metrics were told of."""
+    extra = {"data": run.stream.get_state(), "counts": dict(run.counts)}
+    with jax.transfer_guard("allow"):  # Orbax's own
+        run.checkpoints.save(step, state, {**run.source, **extra})
+
+
+def device_batch(program: Program, batch: GlobalBatch) -> Batch:
+    """The rows [B, T] of a global batch as micro-batches on the devices; each process moves its
+    own."""
+    abstract = program.abstract_batch()
+    shape = abstract.tokens.shape
+
+    def make(rows: slice) -> Batch:
+        def part(a: np.ndarray) -> Any:
+            return a.reshape(shape)[:, rows]  # [batch_size, T] -> [M, B, T]
+
+        return Batch(
+            tokens=part(batch.tokens),
+            loss_mask=part(batch.loss_mask),
+            positions=part(batch.positions),
+            segment_ids=part(batch.segment_ids),
+        )
+
+    return global_batch(abstract, make)
+
+
+def report(run: Run, step: int, stopped: bool) -> int:
+    """Say how the run ended; returns its exit code."""
+    say, output = run.console.say, run.config.output
+    counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in run.counts.items() if n)
+    say(f"data so far: {counts or 'nothing'}")
+    if run.bad_in_a_row >= run.config.max_bad_steps:
+        folder = write_aside(run)
+        say(
+            f"gave up at step {step}: {run.bad_in_a_row} gradients in a row were not finite. Their "
+            f"batches are in {folder}; the checkpoint of this step has the parameters as they were "
+            "before, and the same command goes on behind those batches",
+            style="red",
+        )
+        return GAVE_UP
+    if stopped:
+        say(f"stopped at step {step}, which is saved; the same command goes on from there")
+    else:
+        say(f"done: {step} steps; python -m jaxrl.export {output} OUT_DIR writes the model")
+    return 0
+
+
+def write_aside(run: Run) -> pathlib.Path:
+    """The batches of the last steps without an update, as .npz files."""
+    folder = pathlib.Path(run.config.output) / "bad_batches"
+    if is_reporter():
+        folder.mkdir(exist_ok=True)
+        for step, batch in run.recent:
+            arrays = {
+                name: getattr(batch, name)
+                for name in ("tokens", "loss_mask", "positions", "segment_ids")
+            }
+            np.savez_compressed(folder / f"step_{step:06d}.npz", **arrays)
+    return folder
+
+
+class Profile:
+    """Traces the steps of `config.profile`, for TensorBoard's profiler."""
+
+    def __init__(self, run: Run):
+        first, _, last = run.config.profile.partition(":")
+        self.first, self.last = (int(first), int(last)) if last else (-1, -1)
+        self.folder = pathlib.Path(run.config.output) / "profile"
+        self.on = False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        if step == self.first and is_reporter():
+            with jax.transfer_guard("allow"):
+                jax.profiler.start_trace(str(self.folder))
+            self.on = True
+
+    def ends(self, step: int) -> bool:
+        return self.on and step == self.last
+
+    def after(self, step: int) -> None:
+        if self.ends(step):
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.on:
+            with jax.transfer_guard("allow"):
+                jax.profiler.stop_trace()
+        self.on = False
+
+
+def describe(program: Program, samples: Samples, total: int | None) -> str:
+    """The run in one line."""
+    mesh = program.layout.mesh
+    axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+    learn = sum(s.size for s in program.layout.trainable_specs.values())
+    steps = f"about {total:,} steps" if total else "steps without end"
+    return (
+        f"{program.layout.model.config.name}: {learn:,} trained parameters on {mesh.size} "
+        f"{mesh.devices.flat[0].device_kind} ({axes}); {len(samples):,} samples, {steps} of "
+        f"{program.tokens_per_step:,} tokens, {program.micro_batches} micro-batches each"
+    )
+
+
+def sample_text(stream: Batches, tokenizer: Tokenizer, count: int = 3) -> str:
+    """The first samples as the model reads them, in markdown; what is trained is bold."""
+    texts = []
+    for index in range(min(count, len(stream.pack.samples))):
+        try:
+            document = stream.pack.encode(index)
+        except SampleError as error:
+            texts.append(str(error))
+            continue
+        parts = []
+        pairs = zip(document.tokens.tolist(), document.mask.tolist(), strict=True)
+        for trained, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+            text = tokenizer.hf.decode([token for token, _ in run])
+            parts.append(f"**{text}**" if trained else text)
+        texts.append("".join(parts).replace("<", "&lt;").replace("\n", "  \n"))
+    return "\n\n---\n\n".join(texts)
+
+
+def open_data(config: SftConfig) -> tuple[Samples, Samples | None]:
+    """(training samples, validation samples or None)."""
+    if not config.data.train:
+        raise ConfigError("config.data.train names no data; e.g. --config.data.train=chats.jsonl")
+    samples = open_samples(config.data.train, config.data.split)
+    if config.data.validation:
+        return samples, open_samples(config.data.validation, config.data.validation_split)
+    if config.data.hold_out:
+        return hold_out(samples, config.data.hold_out, config.seed)
+    return samples, None
+
+
+def open_monitor(config: SftConfig, output: pathlib.Path, resumed_at: int | None) -> Monitor:
+    """Where the run's scalars go; of processes other than the first, nowhere."""
+    if not is_reporter():
+        return Monitor(os.devnull, tensorboard=False)
+    output.mkdir(parents=True, exist_ok=True)
+    shown = flat(dataclasses.asdict(config))
+    write_json(output / "config.json", dataclasses.asdict(config))
+    trackers: list[Tracker] = []
+    if config.wandb:
+        trackers.append(Wandb(config.wandb, output, shown))
+    if config.mlflow:
+        trackers.append(Mlflow(config.mlflow, output, shown))
+    monitor = Monitor(
+        output, tensorboard=config.tensorboard, trackers=trackers, resumed_at=resumed_at
+    )
+    monitor.options(shown)
+    return monitor
+
+
+def make_meter(config: SftConfig, program: Program) -> Meter:
+    model, rank = program.layout.model.config, config.lora_rank
+    return Meter(
+        model,
+        list(program.layout.mesh.devices.flat),
+        lora_params=active_lora_params(model, rank, config.lora.targets) if rank else 0,
+        dtype=config.train.compute_dtype,
+    )
