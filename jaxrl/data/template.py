@@ -2,11 +2,13 @@
 
 A template says how a conversation is written, not who wrote what. Some mark what the assistant
 generates (`{% generation %}`); for all others it is found out by rendering: the conversation is
-rendered again with one message's content replaced, and what differs is that message.
+rendered again with the contents of its trained messages replaced, and what that render shares with
+the first is the template's and the other messages'.
 """
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,11 +18,19 @@ from jaxrl.data.chat import Conversation, PlainText, SampleError
 from jaxrl.data.tokenizer import Tokenizer
 from jaxrl.options import ConfigError
 
-# Private-use characters, which no template treats as space, and no text is expected to hold.
-SENTINEL = "\ue0f0\ue0f1\ue0f0"
-MARKS = "or mark what is generated in a template of your own (config.data.chat_template)"
+# Unicode's noncharacters, which are not for text that is passed on: no template treats them as
+# space, and no text is expected to hold them. Between the outer two stands the message's number.
+_OPEN, _CLOSE, _DIGITS = "\ufdd0", "\ufdd1", [chr(0xFDD2 + i) for i in range(10)]
+_PLACE = re.compile(f"{_OPEN}([{''.join(_DIGITS)}]+){_CLOSE}")
+_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+MARKS = (
+    "mark what is generated, {% generation %}...{% endgeneration %}, in a template of your own "
+    "(config.data.chat_template)"
+)
 # What a template may write between the assistant's header and its text, such as an empty thought.
 LONGEST_OPENING = 64
+# What of a message, beside its content, the assistant generates; thoughts have three names.
+GENERATED = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +48,7 @@ class ChatTemplate:
     generates: thoughts, tool calls and what the template writes around them) and the stop token
     behind it, but no headers. A template that ends a conversation without a stop token (GLM-4.5,
     whose turns end where the next role begins) gets one appended. turns "last": only the last such
-    message.
+    message. Of a template with `{% generation %}` it is what transformers' assistant mask says.
     """
 
     def __init__(
@@ -54,15 +64,15 @@ class ChatTemplate:
                 "the tokenizer has no chat template; name a Jinja file with "
                 "config.data.chat_template"
             )
-        self.marked = "generation %}" in str(tokenizer.hf.get_chat_template()).replace("-%}", " %}")
-        if self.marked and self.roles != ("assistant",):
+        if self.roles != ("assistant",) and _MARK.search(str(tokenizer.hf.chat_template)):
             raise ConfigError(
                 f"config.data.train_roles is {','.join(self.roles)}, and the chat template marks "
                 "what the assistant generates; use assistant"
             )
 
     def encode(self, sample: Conversation | PlainText, where: str = "") -> Encoded:
-        """Raises SampleError where the template refuses the conversation, or nothing is trained."""
+        """Raises SampleError where the template refuses the conversation, shows not all of it, or
+        leaves open what is trained, and where nothing is."""
         if isinstance(sample, PlainText):
             return self._plain(sample)
         chosen = [
@@ -79,13 +89,18 @@ class ChatTemplate:
         if self.turns == "last":
             chosen = chosen[-1:]
         text = self._render(sample.messages, sample.tools, where)
-        if SENTINEL[0] in text or SENTINEL[1] in text:
-            raise SampleError(where, "malformed", f"the text holds {SENTINEL[:2]!r}; remove it")
-        if self.marked:
-            spans = self._marked_spans(sample, chosen, where)
+        self._check_tools(sample, text, where)
+        if _MARK.search(self._template(sample.tools)):
+            spans, open_end = self._marked_spans(sample, chosen, text, where)
         else:
-            spans = [self._span(sample, i, text, where) for i in chosen]
-        return self._tokens(text, spans, sample, where)
+            spans, open_end = self._spans(sample, chosen, text, where)
+        tokens, mask = self._tokens(text, spans)
+        if open_end:
+            tokens.append(self._final_stops[bool(sample.messages[-1].get("tool_calls"))])
+            mask = np.append(mask, True)
+        if not mask.any():
+            raise SampleError(where, "nothing trained", "no token of it is trained")
+        return Encoded(np.array(tokens, np.int32), mask)
 
     def _plain(self, sample: PlainText) -> Encoded:
         hf = self.tokenizer.hf
@@ -107,8 +122,6 @@ class ChatTemplate:
         *,
         prompt: bool = False,
     ) -> str:
-        import jinja2
-
         try:
             return self.tokenizer.hf.apply_chat_template(
                 [dict(m) for m in messages],
@@ -116,136 +129,247 @@ class ChatTemplate:
                 tokenize=False,
                 add_generation_prompt=prompt,
             )
-        # Templates look into messages as they please.
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # of any kind: templates look into messages as they please
             line = " ".join(str(error).split())[:200]
+            called = (c for m in messages for c in m.get("tool_calls", ()))
+            if any(isinstance(_function(call).get("arguments"), str) for call in called):
+                line += " (its tool calls have arguments that are text, not an object)"
             raise SampleError(where, "refused", f"the chat template refuses it: {line}") from None
 
-    def _span(self, sample: Conversation, i: int, text: str, where: str) -> tuple[int, int]:
-        """The characters of `text` that are trained for message i; its end may be the text's."""
-        message = sample.messages[i]
-        left_out = ("tool_calls", "reasoning_content", "reasoning")
-        other = {k: v for k, v in message.items() if k not in left_out} | {"content": SENTINEL}
-        changed = self._render(
-            [*sample.messages[:i], other, *sample.messages[i + 1 :]], sample.tools, where
-        )
-        start = _common_prefix(text, changed)
-        tail = _common_suffix(text, changed, min(len(text), len(changed)) - start)
-        if SENTINEL not in changed[start : len(changed) - tail]:
-            problem = f"the chat template does not show message {i} ({message['role']})"
-            raise SampleError(where, "not shown", f"{problem}; leave it out, {MARKS}")
-        end = len(text) - tail
-        if message["role"] == "assistant":
-            start = self._generated_from(text, start, i, where)
-        return start, self._with_stop(text, end, i, sample, where)
+    def _check_tools(self, sample: Conversation, text: str, where: str) -> None:
+        """Templates that know no tools leave them out without a word."""
+        for tool in sample.tools or ():
+            name = _function(tool).get("name")
+            if isinstance(name, str) and name not in text:
+                problem = f"the chat template does not show the tool {name!r}; use one with tools"
+                raise SampleError(where, "tools not shown", f"{problem}, or leave them out")
 
-    def _generated_from(self, text: str, start: int, i: int, where: str) -> int:
-        """Where the assistant begins to generate: behind its header, which may lie a little before
-        the text that the content changed (`<think>`)."""
-        prompt = self._generation_prompt
-        begins = text.rfind(prompt, 0, start) + len(prompt)
-        if begins >= len(prompt) and self._is_opening(text[begins:start]):
-            return begins
-        # A prompt that goes on with what this turn does not have ("<think>\n").
-        if any(text.endswith(prompt[:k], 0, start) for k in range(len(prompt), 0, -1)):
-            return start
-        problem = f"it is not certain where message {i} (assistant) begins in the chat template"
-        raise SampleError(where, "uncertain", f"{problem}; {MARKS}")
+    def _spans(
+        self, sample: Conversation, chosen: Sequence[int], text: str, where: str
+    ) -> tuple[list[tuple[int, int]], bool]:
+        """(The characters of `text` that are trained for the chosen messages, whether the text ends
+        with such a message, and without a stop token.)"""
+        spans = []
+        for i, (start, end) in zip(chosen, self._located(sample, chosen, text, where), strict=True):
+            message = sample.messages[i]
+            for call in message.get("tool_calls", ()):
+                name = _function(call).get("name")
+                if isinstance(name, str) and text.find(name, start, end) < 0:
+                    problem = f"the chat template does not show the call of {name!r} in message {i}"
+                    raise SampleError(where, "tools not shown", f"{problem}; use one with tools")
+            thought = message.get("reasoning_content")
+            # Of earlier turns, templates for thinking models leave it out.
+            shown = not isinstance(thought, str) or text.find(thought.strip(), start, end) >= 0
+            if i == len(sample.messages) - 1 and not shown:
+                problem = "the chat template does not show the last message's reasoning_content"
+                problem += "; use one for models that think, or leave it out"
+                raise SampleError(where, "thought not shown", problem)
+            stop = self._behind_stop(text, end, i, sample, where)
+            if stop is None:
+                return [*spans, (start, len(text))], True
+            spans.append((start, stop))
+        return spans, False
 
-    def _is_opening(self, between: str) -> bool:
-        stops = (*self.tokenizer.stop_texts, self._generation_prompt)
-        return len(between) <= LONGEST_OPENING and not any(stop in between for stop in stops)
+    def _located(
+        self, sample: Conversation, chosen: Sequence[int], text: str, where: str
+    ) -> list[tuple[int, int]]:
+        """Where each chosen message stands, without what the template writes behind it."""
+        if _OPEN in text:
+            problem = f"the text holds the noncharacter {_OPEN!r}; remove it"
+            raise SampleError(where, "malformed", problem)
+        try:
+            return self._located_at_once(sample, chosen, text, where)
+        except SampleError:
+            # What stands between two messages comes twice, or one's text decides on another's.
+            return [self._located_at_once(sample, [i], text, where)[0] for i in chosen]
 
-    def _with_stop(self, text: str, end: int, i: int, sample: Conversation, where: str) -> int:
-        """`end`, or behind the stop token that follows there."""
-        rest = text[end:]
-        space = len(rest) - len(rest.lstrip())
-        for stop in self.tokenizer.stop_texts:
-            if rest.startswith(stop, space):
-                return end + space + len(stop)
-        if sample.messages[i]["role"] != "assistant":
+    def _located_at_once(
+        self, sample: Conversation, chosen: Sequence[int], text: str, where: str
+    ) -> list[tuple[int, int]]:
+        """The same from one render, which may not be enough for several messages.
+
+        The parts of the text that do not depend on the chosen messages are taken from a render with
+        their contents replaced. The first such part begins the text, the last ends it, and those
+        between are looked for; each has to come once.
+        """
+        changed = list(sample.messages)
+        for i in chosen:
+            kept = {k: v for k, v in sample.messages[i].items() if k not in GENERATED}
+            changed[i] = kept | {"content": _place(i)}
+        rendered = self._render_changed(changed, sample, chosen, where)
+        pieces = _PLACE.split(rendered)
+        shown = [int("".join(str(_DIGITS.index(c)) for c in n)) for n in pieces[1::2]]
+        for i in chosen:
+            if i not in shown:
+                problem = f"the chat template does not show message {i} ({self._role(sample, i)})"
+                raise SampleError(where, "not shown", f"{problem}; leave it out, or {MARKS}")
+        if shown != list(chosen):
+            raise self._uncertain(sample, chosen, where)
+        *parts, last = pieces[::2]
+        # What the template writes between a header and the text may differ: it is generated.
+        for n, i in enumerate(chosen):
+            if self._role(sample, i) == "assistant":
+                end = self._header_end(parts[n])
+                if end is None:
+                    raise self._uncertain(sample, chosen, where)
+                parts[n] = parts[n][:end]
+        limit = len(text) - len(last)
+        if not text.startswith(parts[0]) or not text.endswith(last) or len(parts[0]) > limit:
+            raise self._uncertain(sample, chosen, where)
+        starts, ends = [len(parts[0])], []
+        for part in parts[1:]:
+            at = text.find(part, starts[-1], limit)
+            if at < 0 or text.find(part, at + 1, limit) >= 0:
+                raise self._uncertain(sample, chosen, where)
+            ends.append(at)
+            starts.append(at + len(part))
+        return list(zip(starts, [*ends, limit], strict=True))
+
+    def _render_changed(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sample: Conversation,
+        chosen: Sequence[int],
+        where: str,
+    ) -> str:
+        try:
+            return self._render(messages, sample.tools, where)
+        except SampleError:  # such as of a tool's answer without a call
+            raise self._uncertain(sample, chosen, where) from None
+
+    def _uncertain(self, sample: Conversation, chosen: Sequence[int], where: str) -> SampleError:
+        named = ", ".join(f"{i} ({self._role(sample, i)})" for i in chosen)
+        problem = f"it is not certain what of the text the chat template writes for message {named}"
+        return SampleError(where, "uncertain", f"{problem}; {MARKS}")
+
+    @staticmethod
+    def _role(sample: Conversation, i: int) -> str:
+        return sample.messages[i]["role"]
+
+    def _header_end(self, part: str) -> int | None:
+        """Where, in the text before an assistant's content, it begins to generate: behind the
+        nearest header, of which the generation prompt may have more (`<think>`)."""
+        at = part.rfind(self._header)
+        if at < 0:
+            return None
+        end = at + _common_prefix(part[at:], self._generation_prompt)
+        opening = part[end:]
+        if len(opening) > LONGEST_OPENING or any(s in opening for s in self.tokenizer.stop_texts):
+            return None
+        return end
+
+    def _behind_stop(
+        self, text: str, end: int, i: int, sample: Conversation, where: str
+    ) -> int | None:
+        """Where the stop token ends that follows there; None where the conversation ends."""
+        behind = end
+        while behind < len(text) and text[behind].isspace():
+            behind += 1
+        stop = self._stop_at(text, behind)
+        if stop is not None:
+            return behind + len(stop)
+        if self._role(sample, i) != "assistant":
             return end
-        if not rest.strip():
-            return len(text)
+        if behind == len(text):
+            return None
         problem = f"the chat template puts no stop token behind message {i} (assistant)"
-        raise SampleError(where, "uncertain", f"{problem}; {MARKS}")
+        raise SampleError(where, "no stop token", f"{problem}; {MARKS}")
+
+    def _stop_at(self, text: str, at: int) -> str | None:
+        """The stop token that stands there, the longest of them."""
+        found = [stop for stop in self.tokenizer.stop_texts if text.startswith(stop, at)]
+        return max(found, key=len, default=None)
 
     @functools.cached_property
     def _generation_prompt(self) -> str:
         """What the template writes before the assistant's turn."""
-        messages = [{"role": "user", "content": "x"}]
-        before, after = (self._render(messages, None, "", prompt=p) for p in (False, True))
+        before, after = (self._render([_ASKED], None, "", prompt=p) for p in (False, True))
         prompt = after[len(before) :]
         if not after.startswith(before) or not prompt.strip():
             raise ConfigError(
-                "the chat template has no generation prompt, so that it is not certain what the "
-                f"assistant generates; use another, {MARKS}"
+                f"the chat template has no generation prompt; use another, or {MARKS}"
             )
         return prompt
+
+    @functools.cached_property
+    def _header(self) -> str:
+        """What of the generation prompt stands before every assistant's text."""
+        before, header = self._render([_ASKED], None, ""), self._generation_prompt
+        for more in ([], [_ASKED]):
+            text = self._render([_ASKED, _SAID, *more], None, "")
+            if text.startswith(before):
+                header = header[: _common_prefix(header, text[len(before) :])]
+        if not header.strip():
+            raise ConfigError(
+                "the chat template writes the assistant's turns in another way than its generation "
+                f"prompt; use another, or {MARKS}"
+            )
+        return header
 
     @functools.cached_property
     def _final_stops(self) -> Mapping[bool, int]:
         """The stop token to append to a conversation that ends without one, by whether its last
         message has tool calls: what the template writes behind such a message elsewhere."""
-        user, said = {"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}
+        ids = dict(zip(self.tokenizer.stop_texts, self.tokenizer.stop_ids, strict=True))
         stops = {}
         for calls, role in ((False, "user"), (True, "tool")):
-            found = self._eos
+            stop = None
             try:
-                text = self._render([user, said, {"role": role, "content": "y"}], None, "")
-                rest = text.rpartition(SENTINEL)[2].lstrip()
-                for id, stop in zip(
-                    self.tokenizer.stop_ids, self.tokenizer.stop_texts, strict=True
-                ):
-                    found = id if rest.startswith(stop) else found
+                text = self._render([_ASKED, _SAID, {"role": role, "content": "x"}], None, "")
+                rest = _PLACE.split(text)[-1].lstrip()
+                stop = self._stop_at(rest, 0)
             except SampleError:  # a template without tools
                 pass
-            stops[calls] = found
+            stops[calls] = self._eos if stop is None else ids[stop]
         return stops
 
     def _marked_spans(
-        self, sample: Conversation, chosen: Sequence[int], where: str
-    ) -> list[tuple[int, int]]:
-        """Of the template's own marks, those of the chosen messages."""
+        self, sample: Conversation, chosen: Sequence[int], text: str, where: str
+    ) -> tuple[list[tuple[int, int]], bool]:
+        """The same by the template's own marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         hf = self.tokenizer.hf
-        self._render(sample.messages, sample.tools, where)  # tells what it refuses
         _, indices = render_jinja_template(
             conversations=[[dict(m) for m in sample.messages]],
             tools=[dict(t) for t in sample.tools] if sample.tools else None,
-            chat_template=hf.get_chat_template(),
+            chat_template=self._template(sample.tools),
             return_assistant_tokens_mask=True,
             **hf.special_tokens_map,
         )
         marks: list[Any] = list(indices[0])
         turns = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
-        if list(chosen) == turns:
-            return marks
-        if len(marks) != len(turns):
-            problem = f"the chat template marks {len(marks)} passages of {len(turns)} turns"
-            raise SampleError(where, "uncertain", f"{problem}: which ones are to be trained?")
-        return [marks[turns.index(i)] for i in chosen]
+        if list(chosen) != turns:
+            marks = self._of_turns(marks, turns, chosen, self._located(sample, turns, text, where))
+        stopped = text.endswith(self.tokenizer.stop_texts)
+        return marks, bool(marks) and marks[-1][1] == len(text) and not stopped
 
-    def _tokens(
-        self, text: str, spans: Sequence[tuple[int, int]], sample: Conversation, where: str
-    ) -> Encoded:
+    @staticmethod
+    def _of_turns(
+        marks: Sequence[tuple[int, int]],
+        turns: Sequence[int],
+        chosen: Sequence[int],
+        located: Sequence[tuple[int, int]],
+    ) -> list[tuple[int, int]]:
+        """The marks in the chosen ones of the assistant's turns, which may have several each, such
+        as one for the stop token."""
+        numbers = np.searchsorted([start for start, _ in located], [end for _, end in marks])
+        owners = [turns[n - 1] if n else None for n in numbers]
+        return [mark for mark, owner in zip(marks, owners, strict=True) if owner in chosen]
+
+    def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        return self.tokenizer.hf.get_chat_template(tools=list(tools) if tools else None)
+
+    def _tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
+        """(tokens, which of them are in the spans); as transformers counts, those that hold some of
+        a span's characters."""
         found = self.tokenizer.hf(text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens = list(found.input_ids)
         begins, ends = np.array(found.offset_mapping, np.int64).reshape(-1, 2).T
-        mask = np.zeros(len(tokens), bool)
+        mask = np.zeros(len(begins), bool)
         for start, end in spans:
-            # As transformers counts: the tokens that hold some of the characters.
             first = np.searchsorted(ends, start, side="right")
             mask[first : np.searchsorted(begins, end, side="left")] = True
-        last = sample.messages[-1]
-        open_end = last["role"] == "assistant" and spans and spans[-1][1] == len(text)
-        if open_end and tokens and tokens[-1] not in self.tokenizer.stop_ids:
-            tokens.append(self._final_stops[bool(last.get("tool_calls"))])
-            mask = np.append(mask, True)
-        if not mask.any():
-            raise SampleError(where, "nothing trained", "no token of it is trained")
-        return Encoded(np.array(tokens, np.int32), mask)
+        return list(found.input_ids), mask
 
 
 def _common_prefix(a: str, b: str) -> int:
@@ -260,13 +384,17 @@ def _common_prefix(a: str, b: str) -> int:
     return low
 
 
-def _common_suffix(a: str, b: str, limit: int) -> int:
-    """How many, at most `limit`, at their end."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[len(a) - middle : len(a) - low] == b[len(b) - middle : len(b) - low]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _place(i: int) -> str:
+    """What stands for message i's content."""
+    return _OPEN + "".join(_DIGITS[int(digit)] for digit in str(i)) + _CLOSE
+
+
+def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The function of a tool or of a call, which OpenAI's format wraps."""
+    function = tool.get("function")
+    return function if isinstance(function, Mapping) else tool
+
+
+# A conversation to learn from how a template writes one.
+_ASKED = {"role": "user", "content": "x"}
+_SAID = {"role": "assistant", "content": _place(1)}
