@@ -49,8 +49,8 @@ def parse_sample(sample: Mapping[str, Any], where: str = "") -> Conversation | P
 
     Messages have a role (system, user, assistant, tool) and content: text, or a list of text parts.
     `weight` 0 leaves a message untrained. Other keys (tool_calls, reasoning_content, name, ...) are
-    handed to the chat template; those that are null, as Parquet files have them, are dropped. Keys
-    of the sample that are not named here are not looked at. Raises SampleError.
+    handed to the chat template; those that are null are dropped. Keys of the sample that are not
+    named here are not looked at. Raises SampleError.
     """
 
     def bad(problem: str, reason: str = "malformed") -> SampleError:
@@ -93,7 +93,7 @@ def _messages(value: Any, key: str, bad) -> list[dict[str, Any]]:
 def _message(value: Any, key: str, bad) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise bad(f"{key} is {_short(value)}; it is to be an object with role and content")
-    message = {k: v for k, v in _without_nulls(value).items()}
+    message = {k: v for k, v in value.items() if v is not None}
     role = message.get("role")
     if role not in ROLES:
         raise bad(f"{key} has role {role!r}; one of {', '.join(ROLES)}")
@@ -132,16 +132,7 @@ def _tools(value: Any, bad) -> list[Mapping[str, Any]] | None:
         return None
     if not isinstance(value, (list, tuple)) or not all(isinstance(t, Mapping) for t in value):
         raise bad(f"tools is {_short(value)}; it is to be a list of JSON schemas")
-    return [_without_nulls(tool) for tool in value]
-
-
-def _without_nulls(value: Any) -> Any:
-    """Without the keys that a Parquet file's columns give to every message."""
-    if isinstance(value, Mapping):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, (list, tuple)):
-        return [_without_nulls(v) for v in value]
-    return value
+    return list(value)
 
 
 def _short(value: Any) -> str:

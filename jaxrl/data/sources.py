@@ -1,11 +1,13 @@
 """Random access to the samples of JSONL and Parquet files and of Hugging Face datasets.
 
-Samples stay where they are: of a JSONL file its lines' offsets are in memory, of a Parquet file one
-group of rows, of a Hugging Face dataset nothing (it is memory-mapped).
+Samples stay where they are: of a JSONL file its lines' offsets are in memory, of Parquet files the
+groups of rows read last, of a Hugging Face dataset nothing (it is memory-mapped).
 """
 
+import array
 import bisect
 import dataclasses
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -21,14 +23,18 @@ import numpy as np
 from jaxrl.options import ConfigError
 
 type Sample = Mapping[str, Any]
-type Fingerprint = dict[str, Any]
+type Fingerprint = list[dict[str, Any]]
 
 _BLOCK = 2**20
+_GROUPS_KEPT = 4
 
 
 class Samples(Protocol):
-    """Samples by number. `where` says where a sample lies, for messages; `fingerprint`, a JSON
-    value by the name of each file or dataset, changes with what it holds."""
+    """Samples by number, read anew each time, by several threads and processes at once.
+
+    `where` says where a sample lies, for messages. `fingerprint`, a JSON value, has of each file or
+    dataset its name, number of samples and a hash of its contents, in order.
+    """
 
     @property
     def fingerprint(self) -> Fingerprint: ...
@@ -49,6 +55,8 @@ def open_samples(names: Sequence[str], split: str = "train") -> Samples:
 
 
 def _open(name: str, split: str) -> list[Samples]:
+    if pathlib.Path(name).is_file():  # whose name may hold brackets
+        return [_open_file(pathlib.Path(name))]
     files = [pathlib.Path(file) for file in sorted(glob.glob(name, recursive=True))]
     files = [file for file in files if file.is_file()]
     if files:
@@ -70,23 +78,25 @@ def _open_file(file: pathlib.Path) -> Samples:
 
 
 class JsonLines:
-    """The lines of a JSONL file, each a JSON object."""
+    """The lines of a JSONL file, each a JSON object; blank ones are passed over."""
 
     def __init__(self, file: pathlib.Path):
-        self.file, offsets, digest = file, [], hashlib.blake2b(digest_size=16)
-        position = 0
+        self.file, digest = file, hashlib.blake2b(digest_size=16)
+        # Where each sample begins, and the number of its line.
+        offsets, numbers = array.array("q"), array.array("q")
+        self._size = 0
         with file.open("rb") as f:
             for number, line in enumerate(f, 1):
                 digest.update(line)
                 if line.strip():
                     _parse(line, f"{file}:{number}")
-                    offsets.append((position, number))
-                position += len(line)
+                    offsets.append(self._size)
+                    numbers.append(number)
+                self._size += len(line)
         if not offsets:
             raise ConfigError(f"data file {file} holds no samples")
-        # Where each sample begins, and the number of its line.
-        self._offsets, self._numbers = np.array(offsets, np.int64).T
-        self.fingerprint = _file_fingerprint(file, len(self), position, digest.hexdigest())
+        self._offsets, self._numbers = np.array(offsets), np.array(numbers)
+        self.fingerprint = _file_fingerprint(file, len(self), self._size, digest)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -95,15 +105,12 @@ class JsonLines:
         return f"{self.file}:{self._numbers[index]}"
 
     def __getitem__(self, index: int) -> Sample:
-        with self.file.open("rb") as f:  # anew: workers and threads read at once
-            f.seek(self._offsets[index])
-            line = f.readline()
-        if not line.strip():
-            raise ConfigError(
-                f"{self.where(index)} has gone: {self.file} has shrunk to "
-                f"{self.file.stat().st_size:,} bytes since it was opened; restore it"
-            )
-        return _parse(line, self.where(index))
+        try:
+            with self.file.open("rb") as f:
+                f.seek(self._offsets[index])
+                return _parse(f.readline(), self.where(index))
+        except (OSError, ConfigError) as error:
+            raise _changed(self.file, self._size, self.where(index), error) from None
 
 
 def _parse(line: bytes, where: str) -> Sample:
@@ -116,33 +123,34 @@ def _parse(line: bytes, where: str) -> Sample:
     return sample
 
 
+def _changed(file: pathlib.Path, size: int, where: str, error: Exception) -> ConfigError:
+    """What to say of a file that could be read when it was opened."""
+    had = f"{file} had {size:,} bytes when the run began"
+    if not file.is_file():
+        return ConfigError(f"{where}: {had}, and is gone; restore it and run again")
+    if file.stat().st_size != size:
+        return ConfigError(
+            f"{where}: {had} and has {file.stat().st_size:,} now; restore it and run again"
+        )
+    return ConfigError(f"{where} cannot be read any more ({error}); restore it and run again")
+
+
 class ParquetRows:
     """The rows of a Parquet file; a group of rows is read at a time."""
 
     def __init__(self, file: pathlib.Path):
         self.file = file
-        groups = self._reader().metadata
+        groups = _parquet_file(file).metadata
         rows = (groups.row_group(i).num_rows for i in range(groups.num_row_groups))
         self._ends = list(itertools.accumulate(rows))
         if not self._ends or not self._ends[-1]:
             raise ConfigError(f"data file {file} holds no samples")
-        self._cache: tuple[int, Any] = (-1, None)
-        digest, size = hashlib.blake2b(digest_size=16), 0
+        digest, self._size = hashlib.blake2b(digest_size=16), 0
         with file.open("rb") as f:
             while block := f.read(_BLOCK):
                 digest.update(block)
-                size += len(block)
-        self.fingerprint = _file_fingerprint(file, len(self), size, digest.hexdigest())
-
-    def _reader(self):
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.ParquetFile(self.file)
-        except (OSError, pyarrow.ArrowException) as error:
-            line = " ".join(str(error).split())
-            raise ConfigError(f"{self.file} is no Parquet file that can be read: {line}") from None
+                self._size += len(block)
+        self.fingerprint = _file_fingerprint(file, len(self), self._size, digest)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -152,15 +160,45 @@ class ParquetRows:
 
     def __getitem__(self, index: int) -> Sample:
         group = bisect.bisect_right(self._ends, index)
-        cached, table = self._cache
-        if cached != group:
-            table = self._reader().read_row_group(group)
-            self._cache = (group, table)  # replaced as one: threads may read at once
         first = self._ends[group - 1] if group else 0
-        return table.slice(index - first, 1).to_pylist()[0]
+        try:
+            size = self.file.stat().st_size
+            rows = _row_group(self.file, size, group)
+            return without_nulls(rows.slice(index - first, 1).to_pylist()[0])
+        except (OSError, IndexError, ConfigError) as error:
+            raise _changed(self.file, self._size, self.where(index), error) from None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": (-1, None)}
+
+def _parquet_file(file: pathlib.Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"{file} is no Parquet file that can be read: {line}") from None
+
+
+@functools.lru_cache(maxsize=_GROUPS_KEPT)  # of all files together
+def _row_group(file: pathlib.Path, size: int, group: int):
+    """A group of rows as a table; `size` of the file, so that a changed one is read anew."""
+    import pyarrow
+
+    with _parquet_file(file) as reader:
+        try:
+            return reader.read_row_group(group)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ConfigError(" ".join(str(error).split())) from None
+
+
+def without_nulls(value: Any) -> Any:
+    """Without the keys that a column's type gives to every row."""
+    if isinstance(value, Mapping):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(v) for v in value]
+    return value
 
 
 class HubSamples:
@@ -170,7 +208,7 @@ class HubSamples:
         if importlib.util.find_spec("datasets") is None:
             raise ConfigError(
                 f"data {name!r} is no file here; to read it as a Hugging Face dataset: "
-                "pip install 'jaxrl[hub]'"
+                "pip install datasets"
             )
         import datasets  # type: ignore[reportMissingImports]
 
@@ -182,9 +220,9 @@ class HubSamples:
         self.name, self.split = name, split
         if not len(self):
             raise ConfigError(f"Hugging Face dataset {name!r}, split {split!r}, holds no samples")
-        self.fingerprint = {
-            f"{name} {split}": {"samples": len(self), "hash": self._dataset._fingerprint}
-        }
+        self.fingerprint = [
+            {"name": f"{name} {split}", "samples": len(self), "hash": self._dataset._fingerprint}
+        ]
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -193,7 +231,7 @@ class HubSamples:
         return f"{self.name} {self.split} row {index}"
 
     def __getitem__(self, index: int) -> Sample:
-        return self._dataset[int(index)]
+        return without_nulls(self._dataset[int(index)])
 
 
 class Joined:
@@ -202,7 +240,7 @@ class Joined:
     def __init__(self, parts: Sequence[Samples]):
         self.parts = parts
         self._ends = list(itertools.accumulate(map(len, parts)))
-        self.fingerprint = {k: v for part in parts for k, v in part.fingerprint.items()}
+        self.fingerprint = [one for part in parts for one in part.fingerprint]
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -230,7 +268,8 @@ class Chosen:
     @property
     def fingerprint(self) -> Fingerprint:
         digest = hashlib.blake2b(self.indices.tobytes(), digest_size=16).hexdigest()
-        return self.samples.fingerprint | {"chosen": {"samples": len(self), "hash": digest}}
+        chosen = {"name": "held-out samples' choice", "samples": len(self), "hash": digest}
+        return [*self.samples.fingerprint, chosen]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -253,25 +292,29 @@ def hold_out(samples: Samples, count: int, seed: int) -> tuple[Samples, Samples]
 
 
 def check_fingerprint(now: Fingerprint, then: Fingerprint) -> None:
-    """Raise ConfigError, naming the first difference, where data changed since a checkpoint."""
-    way_out = "restore the data, or fork the run (config.checkpoint.fork)"
-    for name in sorted(then.keys() | now.keys()):
-        if name not in now or name not in then:
-            had = "was read" if name in then else "was not read"
-            has = "is" if name in now else "is not"
+    """Raise ConfigError, naming the first difference, where data changed since a checkpoint. A file
+    that was only moved is the same."""
+    at, way_out = "when the checkpoint was written", "restore it, or fork the run"
+    way_out += " (config.checkpoint.fork)"
+    for new, old in itertools.zip_longest(now, then):
+        if new is None:
+            raise ConfigError(f"{old['name']} was part of the data {at} and is not now; {way_out}")
+        if old is None:
+            raise ConfigError(f"{new['name']} was no part of the data {at} and is now; {way_out}")
+        if new["hash"] == old["hash"]:
+            continue
+        if new["name"] != old["name"]:
             raise ConfigError(
-                f"{name} {had} when the checkpoint was written and {has} now; {way_out}"
+                f"{old['name']} was read {at}, and {new['name']}, which holds something else, is "
+                f"now; {way_out}"
             )
-        if now[name]["samples"] != then[name]["samples"]:
+        if new["samples"] != old["samples"]:
             raise ConfigError(
-                f"{name} had {then[name]['samples']:,} samples when the checkpoint was written and "
-                f"has {now[name]['samples']:,}; {way_out}"
+                f"{new['name']} had {old['samples']:,} samples {at} and has {new['samples']:,} "
+                f"now; {way_out}"
             )
-        if now[name]["hash"] != then[name]["hash"]:
-            raise ConfigError(
-                f"{name} has other contents than when the checkpoint was written; {way_out}"
-            )
+        raise ConfigError(f"{new['name']} has other contents than {at}; {way_out}")
 
 
-def _file_fingerprint(file: pathlib.Path, samples: int, size: int, digest: str) -> Fingerprint:
-    return {str(file): {"samples": samples, "bytes": size, "hash": digest}}
+def _file_fingerprint(file: pathlib.Path, samples: int, size: int, digest) -> Fingerprint:
+    return [{"name": str(file), "samples": samples, "bytes": size, "hash": digest.hexdigest()}]

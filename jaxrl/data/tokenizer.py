@@ -52,19 +52,24 @@ def load_tokenizer(name: str | pathlib.Path, vocab_size: int, chat_template: str
         if not file.is_file():
             raise ConfigError(f"config.data.chat_template {chat_template!r} is no file")
         hf.chat_template = file.read_text(encoding="utf-8")
-    stops = {hf.eos_token_id, *_generation_stops(pathlib.Path(name))} - {None}
+    stops = {hf.eos_token_id, *_generation_stops(str(name))} - {None}
     if not stops:
         raise ConfigError(f"the tokenizer in {name} has no eos_token: nothing would end a turn")
     pad = next(i for i in (hf.pad_token_id, hf.eos_token_id, min(stops)) if i is not None)
     return Tokenizer(hf, tuple(sorted(stops)), pad)
 
 
-def _generation_stops(folder: pathlib.Path) -> list[int]:
-    file = folder / "generation_config.json"
-    if not file.is_file():
+def _generation_stops(name: str) -> list[int]:
+    """eos_token_id of the folder's, or the hub's, generation_config.json, if there is one."""
+    from transformers.utils.hub import cached_file
+
+    missing = ("gated_repo", "missing_entries", "connection_errors")
+    silent = {f"_raise_exceptions_for_{case}": False for case in missing}
+    file = cached_file(name, "generation_config.json", **silent)
+    if file is None:
         return []
     try:
-        stops = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        stops = json.loads(pathlib.Path(file).read_text(encoding="utf-8")).get("eos_token_id")
     except ValueError as error:
         raise ConfigError(f"{file} is no JSON ({error})") from None
     return [stops] if isinstance(stops, int) else list(stops or ())
