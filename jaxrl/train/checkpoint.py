@@ -2,20 +2,27 @@
 
     FOLDER/00000100/state/         the arrays, as Orbax writes them
     FOLDER/00000100/manifest.json  step, extra, arrays' shapes, every file's size and CRC-32
+    FOLDER/.00000150.partial/      a save that is under way, or was when its process was killed
 
-The manifest is written last, under another name first: a checkpoint without it is not complete,
-whatever killed its writer, and is no checkpoint. Older ones are deleted when a newer one has its
-manifest, their own manifest first. So at every moment after the first one there is a good one.
+A save becomes a checkpoint by one rename, when its files are on the disk and their manifest is
+written: what has a step's number for a name is complete, or was damaged later. A killed save
+without a manifest cannot be told from a complete one by its files alone, so it counts as nothing
+and goes at the next start; one with a manifest only lacks the rename, and gets it then. Others are
+deleted after that rename, renamed themselves first. So from the first complete save on there is a
+good checkpoint at every moment.
 """
 
 import contextlib
-import dataclasses
+import fcntl
 import json
+import logging
 import os
 import re
 import shutil
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +32,22 @@ import orbax.checkpoint as ocp
 
 from jaxrl.cli import OutputError
 from jaxrl.options import ConfigError
+from jaxrl.train.manifest import (
+    MANIFEST,
+    Damaged,
+    check_files,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
+from jaxrl.train.state import TrainState
 
-MANIFEST = "manifest.json"
-_BLOCK = 2**22
+# For all processes to have written their part: 500 GB to a slow network disk.
+_TIMEOUT_S = 2 * 3600
+_OPTIMIZER = "opt_state/"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Restored:
     """A checkpoint: its step, state and extra; and newer ones that could not be used, with why."""
 
@@ -46,6 +63,8 @@ class Checkpoints:
 
     keep_last: so many of the newest are kept; keep_every: and steps that are its multiples, for
     good (0: none). read_only: the folder of another run, in which nothing is changed.
+
+    Raises ConfigError where another process writes to the folder, OutputError where nobody can.
     """
 
     def __init__(
@@ -56,239 +75,378 @@ class Checkpoints:
         keep_every: int = 0,
         read_only: bool = False,
     ):
+        if keep_last < 1 or keep_every < 0:
+            raise ValueError(f"keep_last {keep_last} must be at least 1, keep_every {keep_every} 0")
         self.folder = Path(folder).absolute()
-        self.keep_last, self.keep_every = keep_last, keep_every
-        self._first = jax.process_index() == 0
-        self._saving: tuple[int, Mapping[str, Any], Mapping[str, Any]] | None = None
-        if self._first and not read_only:
-            with self._told(None):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._clean()
-        # Uncompressed: fp32 weights hardly shrink, and compression takes most of a save's time.
+        self.keep_last, self.keep_every, self.read_only = keep_last, keep_every, read_only
+        self._saving: _Saving | None = None
+        self._held = contextlib.ExitStack()
+        if not read_only:
+            _from_first(self._open)
+        self._held.enter_context(_quiet())
+        # Orbax's own CheckpointManager deletes by its own idea of what is complete, and its "v1"
+        # API is still called experimental. OCDBT: a few files however many arrays and shards.
+        # Uncompressed: fp32 weights hardly shrink, and it would take most of a save's time.
         self._writer = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(use_compression=False),
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._complete),
+            ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False),
+            async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT_S),
         )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        # Behind an error that ends the run, that one is the one to tell.
+        with contextlib.suppress(OutputError) if kind else contextlib.nullcontext():
+            self.close()
 
     def close(self) -> None:
-        """Wait for a save that is under way, whatever became of it."""
-        with contextlib.suppress(OutputError):
+        """Wait for a save that is under way, as `wait`, and let go of the folder."""
+        try:
             self.wait()
-        self._writer.close()
+        finally:
+            self._writer.close()
+            self._held.close()
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
         """Begin to write the pytree `state` and the JSON value `extra`; returns when the arrays are
-        copied and may be donated. Waits for the save before it, and raises what went wrong there:
-        OutputError."""
+        copied and may be donated.
+
+        Complete, it takes the place of checkpoints of this and later steps: the run went back
+        behind them. Waits for the save before it, and raises what went wrong there: OutputError.
+        """
+        if self.read_only:
+            raise ValueError(f"{self.folder} was opened to be read only")
         self.wait()
         arrays = _flat(state)
-        shapes = {path: [list(a.shape), str(a.dtype)] for path, a in arrays.items()}
-        json.dumps(extra)  # what cannot be written is to be found out here
-        self._saving = (step, shapes, extra)
-        with self._told(step):
-            self._writer.save(self._path(step) / "state", ocp.args.PyTreeSave(arrays), force=True)
+        content = {
+            "step": step,
+            "extra": json.loads(json.dumps(extra)),  # as it is now, and as it will come back
+            "arrays": {path: [list(a.shape), str(a.dtype)] for path, a in arrays.items()},
+        }
+
+        def begin() -> None:
+            with self._told(step):
+                shutil.rmtree(self._partial(step), ignore_errors=True)
+                self._partial(step).mkdir()
+
+        _from_first(begin)
+        with self._told(step), jax.transfer_guard("allow"):
+            self._writer.save(self._partial(step) / "state", args=ocp.args.PyTreeSave(arrays))
+        self._saving = _Saving(step, self._writer, lambda: self._complete(step, content))
 
     def wait(self) -> None:
         """Until the last save is complete. Raises OutputError where it could not be written."""
-        if self._saving is not None:
-            step = self._saving[0]
-            try:
-                with self._told(step):
-                    self._writer.wait_until_finished()
-            finally:
-                self._saving = None
+        if self._saving is None:
+            return
+        saving = self._saving
+        saving.join()  # Ctrl-C here, and `close` waits again
+        self._saving = None
+        # What one of several processes cannot write ends it; JAX ends the others, which wait for it
+        # in Orbax.
+        with self._told(saving.step):
+            saving.result()
+
+        def end() -> None:
+            with self._told(saving.step):
+                saving.completion()
+
+        _from_first(end)
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, rising."""
-        if not self.folder.is_dir():
-            return []
-        found = (path for path in self.folder.iterdir() if (path / MANIFEST).is_file())
-        return sorted(int(path.name) for path in found if path.name.isdigit())
+        """Steps of the complete checkpoints, rising; damage that came later is not looked for."""
+        return _from_first(self._steps)
 
     def restore(self, abstract: Any, step: int | None = None) -> Restored | None:
-        """The checkpoint of `step`, or the newest that is not corrupted (None without any), as a
+        """The checkpoint of `step`, or the newest that is not damaged (None without any), as a
         pytree like `abstract`, each array with the shape, dtype and sharding there.
 
-        Raises ConfigError for a step that there is not, a corrupted one that was asked for or is
-        the last one left, and arrays other than those of `abstract`.
+        Raises ConfigError for a step that there is not, a damaged one that was asked for, only
+        damaged ones, and arrays other than those of `abstract` (floats may be of another dtype).
         """
-        steps, skipped = self.steps(), []
-        if step is not None and step not in steps:
-            there = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
-            raise ConfigError(f"no checkpoint of step {step} in {self.folder}; {there}")
-        for candidate in [step] if step is not None else reversed(steps):
-            manifest, problem = self._verified(candidate)
-            if problem:
-                skipped.append((candidate, problem))
-                continue
-            return self._read(candidate, abstract, manifest, skipped)
-        if skipped:
-            what = "; ".join(f"step {step}: {problem}" for step, problem in skipped)
-            raise ConfigError(f"no checkpoint in {self.folder} can be used: {what}")
-        return None
+        self.wait()
+        return self._restore(abstract, step, left_out=())
 
-    def _read(self, step: int, abstract: Any, manifest, skipped) -> Restored:
-        wanted = _flat(abstract)
-        _compare(wanted, manifest["arrays"], self._path(step))
+    def restore_params(self, abstract: TrainState, step: int | None = None) -> Restored | None:
+        """`restore` without the optimizer's state, which is neither read nor compared: the restored
+        state's `opt_state` is None."""
+        self.wait()
+        return self._restore(replace(abstract, opt_state=None), step, left_out=_OPTIMIZER)
+
+    def extra(self, step: int | None = None) -> tuple[int, Mapping[str, Any]]:
+        """(step, extra) of a checkpoint, default the newest whose manifest can be read; its arrays
+        are not looked at. Raises ConfigError where there is none."""
+        self.wait()
+        found = _from_first(lambda: self._choose(step, lambda *_: None))
+        if found is None:
+            raise ConfigError(f"{self.folder} holds no checkpoint")
+        return found["manifest"]["step"], found["manifest"]["extra"]
+
+    def _restore(self, abstract: Any, step: int | None, left_out: str | tuple) -> Restored | None:
+        found = _from_first(lambda: self._choose(step, check_files))
+        if found is None:
+            return None
+        manifest, wanted = found["manifest"], _flat(abstract)
+        stored = {
+            path: (tuple(shape), np.dtype(dtype))
+            for path, (shape, dtype) in manifest["arrays"].items()
+            if not path.startswith(left_out)
+        }
+        folder = self._path(manifest["step"])
+        _compare(wanted, stored, folder)
         args = {
             path: ocp.ArrayRestoreArgs(sharding=a.sharding, global_shape=a.shape, dtype=a.dtype)
             for path, a in wanted.items()
         }
-        arrays = self._writer.restore(
-            self._path(step) / "state",
-            ocp.args.PyTreeRestore(
-                item=dict(wanted),
-                restore_args=args,
-                partial_restore=len(wanted) < len(manifest["arrays"]),
-            ),
-        )
+        with jax.transfer_guard("allow"):
+            arrays = self._writer.restore(
+                folder / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=dict(wanted), restore_args=args, partial_restore=bool(left_out)
+                ),
+            )
         state = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[p] for p in wanted])
-        return Restored(step, state, manifest["extra"], tuple(skipped))
+        skipped = tuple((step, reason) for step, reason in found["skipped"])
+        return Restored(manifest["step"], state, manifest["extra"], skipped)
 
-    def extra(self, step: int | None = None) -> tuple[int, Mapping[str, Any]]:
-        """(step, extra) of a checkpoint, default the newest. ConfigError where there is none."""
-        steps = self.steps()
-        if not steps or (step is not None and step not in steps):
-            wish = "" if step is None else f" of step {step}"
-            there = f"; there are {', '.join(map(str, steps))}" if steps else ""
-            raise ConfigError(f"no checkpoint{wish} in {self.folder}{there}")
-        step = steps[-1] if step is None else step
-        manifest, problem = self._manifest(step)
-        if problem:
-            raise ConfigError(f"checkpoint of step {step} in {self.folder}: {problem}")
-        return step, manifest["extra"]
+    def _choose(self, step: int | None, check: Callable[[Path, Any], None]) -> Any:
+        """{manifest, skipped} of the checkpoint to use, None where there is none."""
+        steps, skipped = self._steps(), []
+        if step is not None and step not in steps:
+            there = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
+            raise ConfigError(f"no checkpoint of step {step} in {self.folder}; {there}")
+        for candidate in [step] if step is not None else reversed(steps):
+            folder = self._path(candidate)
+            try:
+                manifest = read_manifest(folder)
+                if manifest["step"] != candidate:
+                    raise Damaged(f"{MANIFEST} is of step {manifest['step']}")
+                check(folder, manifest)
+                return {"manifest": manifest, "skipped": skipped}
+            except Damaged as problem:
+                skipped.append((candidate, str(problem)))
+        if not steps:
+            return None
+        what = "; ".join(f"step {step}: {problem}" for step, problem in skipped)
+        others = [str(s) for s in steps if s != step]
+        if step is None:
+            raise ConfigError(f"no checkpoint in {self.folder} can be used: {what}")
+        way_out = f"others there: {', '.join(others)}" if others else "there is no other"
+        raise ConfigError(f"a checkpoint in {self.folder} cannot be used: {what}; {way_out}")
+
+    def _steps(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        names = [path.name for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
 
-    def _complete(self) -> None:
-        """Orbax's thread, when the arrays are in their place."""
-        if not self._first or self._saving is None:
-            return
-        step, shapes, extra = self._saving
-        folder = self._path(step)
-        files = {str(f.relative_to(folder)): _fingerprint(f) for f in _files(folder / "state")}
-        manifest = {"step": step, "extra": extra, "arrays": shapes, "files": files}
-        partial = folder / f".{MANIFEST}"
-        with partial.open("w", encoding="utf-8") as f:
-            json.dump(manifest, f)
-            f.flush()
-            os.fsync(f.fileno())
-        partial.replace(folder / MANIFEST)
-        for old in self.steps()[: -self.keep_last]:
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".{step:08d}.partial"
+
+    def _open(self) -> None:
+        """Make the folder and clear away, or complete, what killed runs left of their saves."""
+        with self._told(None):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(_locked(self.folder))
+            for path in sorted(self.folder.iterdir()):
+                match = re.fullmatch(r"\.(\d{8,})\.(partial|deleted)", path.name)
+                if match and match[2] == "partial" and (path / MANIFEST).is_file():
+                    self._publish(int(match[1]))
+                elif match:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _complete(self, step: int, content: Mapping[str, Any]) -> None:
+        """Make a checkpoint of what Orbax has written, and delete those that it replaces."""
+        write_manifest(self._partial(step), content)
+        self._publish(step)
+
+    def _publish(self, step: int) -> None:
+        if self._path(step).exists():  # the same step, saved again: there are two of it now
+            self._delete(step)
+        self._partial(step).rename(self._path(step))
+        sync_folder(self.folder)
+        steps = self._steps()
+        kept = [s for s in steps if s <= step]
+        for old in kept[: -self.keep_last]:
             if not (self.keep_every and old % self.keep_every == 0):
-                _delete(self._path(old))
+                self._delete(old)
+        for later in steps[len(kept) :]:
+            self._delete(later)
 
-    def _clean(self) -> None:
-        """Remove what killed runs left unfinished."""
-        for path in self.folder.iterdir():
-            if re.fullmatch(r"\d{8,}.*", path.name) and not (path / MANIFEST).is_file():
-                shutil.rmtree(path, ignore_errors=True)
-
-    def _manifest(self, step: int) -> tuple[Any, str]:
-        """(manifest, "") or (None, what is wrong with it)."""
-        file = self._path(step) / MANIFEST
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            if {"extra", "arrays", "files"} <= manifest.keys() and manifest["step"] == step:
-                return manifest, ""
-        except (OSError, ValueError, AttributeError):
-            pass
-        return None, f"{MANIFEST} is corrupted"
-
-    def _verified(self, step: int) -> tuple[Any, str]:
-        """(manifest, "") of a checkpoint whose files are as they were written, or (.., what is
-        wrong). Process 0 reads the files for all."""
-        manifest, problem = self._manifest(step)
-        if not problem and self._first:
-            problem = _damage(self._path(step), manifest["files"])
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            with jax.transfer_guard("allow"):
-                bad = multihost_utils.broadcast_one_to_all(np.array(bool(problem)))
-            problem = problem or ("corrupted, process 0 says" if bad else "")
-        return manifest, problem
+    def _delete(self, step: int) -> None:
+        gone = self.folder / f".{step:08d}.deleted"  # by one rename: half a checkpoint is none
+        shutil.rmtree(gone, ignore_errors=True)
+        self._path(step).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     @contextlib.contextmanager
     def _told(self, step: int | None) -> Iterator[None]:
-        """Errors of writing as one line."""
+        """Failures of the operating system as one OutputError; what they left behind is removed."""
         try:
             yield
         except Exception as error:
-            what = "checkpoints" if step is None else f"the checkpoint of step {step}"
-            cause = _os_error(error)
-            if cause is None and not isinstance(error, (OSError, ValueError)):
+            reason = _os_reason(error)
+            if reason is None:
                 raise
-            line = " ".join(str(cause or error).split())[:200]
-            steps = self.steps()
-            left = f"the last good one is of step {steps[-1]}" if steps else "there is none before"
+            if step is not None and jax.process_index() == 0:
+                shutil.rmtree(self._partial(step), ignore_errors=True)
+            what = "checkpoints" if step is None else f"the checkpoint of step {step}"
+            steps = self._steps() if step is not None else []
+            left = f"; the checkpoint of step {steps[-1]} is intact" if steps else ""
             raise OutputError(
-                f"{what} cannot be written to {self.folder}: {line}; {left}"
+                f"{what} cannot be written to {self.folder}: {reason}{left}"
             ) from error
 
 
-def _os_error(error: BaseException | None) -> BaseException | None:
-    """The failure of the operating system behind an error, if it is one."""
-    while error is not None:
-        if isinstance(error, OSError) or "errno" in str(error).lower() or "No space" in str(error):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+class _Saving:
+    """A save under way: waits in a thread for Orbax, then, in process 0, makes it complete."""
+
+    def __init__(self, step: int, writer: ocp.AsyncCheckpointer, complete: Callable[[], None]):
+        self.step = step
+        self._writer, self._complete = writer, complete
+        self._failed: Exception | None = None
+        self._not_completed: Exception | None = None
+        # Not a daemon: a run that ends by an error still completes its last checkpoint.
+        self._thread = threading.Thread(target=self._work, name="checkpoint")
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def result(self) -> None:
+        """Raises what this process could not write."""
+        if self._failed is not None:
+            raise self._failed
+
+    def completion(self) -> None:
+        """In process 0: raises what went wrong in completing it."""
+        if self._not_completed is not None:
+            raise self._not_completed
+
+    def _work(self) -> None:
+        try:
+            self._writer.wait_until_finished()
+        except Exception as error:
+            self._failed = error
+            return
+        if jax.process_index() == 0:
+            try:
+                self._complete()
+            except Exception as error:
+                self._not_completed = error
 
 
 def _flat(tree: Any) -> dict[str, Any]:
     """The leaves by path, "params/layers/mlp/gate/kernel"."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(flat) < len(leaves):
+        raise ValueError("two arrays of the state have the same path; leave '/' out of its keys")
+    return flat
 
 
 def _compare(wanted: Mapping[str, Any], stored: Mapping[str, Any], folder: Path) -> None:
     """Raise ConfigError, naming the first difference."""
-    for path, a in wanted.items():
-        if path not in stored:
+    for path in [*wanted, *(path for path in stored if path not in wanted)]:
+        there = _shown(*stored[path]) if path in stored else "not there"
+        here = "nothing"
+        if path in wanted:
+            shape, dtype = tuple(wanted[path].shape), np.dtype(wanted[path].dtype)
+            here = _shown(shape, dtype)
+            if path in stored:
+                floats = all(
+                    jax.dtypes.issubdtype(t, np.floating) for t in (dtype, stored[path][1])
+                )
+                if shape == stored[path][0] and (floats or dtype == stored[path][1]):
+                    continue
+        raise ConfigError(
+            f"checkpoint {folder} is of another model, optimizer or LoRA: {path} is {there}, and "
+            f"this run has {here}; go on with the options it was written with"
+        )
+
+
+def _shown(shape: tuple[int, ...], dtype: Any) -> str:
+    return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}]"
+
+
+def _os_reason(error: BaseException | None) -> str | None:
+    """What the operating system said, if it is behind an error."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        # So tensorstore, whatever type its errors have.
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            return os.strerror(int(code[1]))
+        error = error.__cause__
+    return None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A lock that the operating system takes back when this process ends, however it ends."""
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise ConfigError(
-                f"checkpoint {folder} has no {path}: it is of another model, optimizer or LoRA"
-            )
-        shape = tuple(stored[path][0])
-        if shape != tuple(a.shape):
-            raise ConfigError(
-                f"checkpoint {folder} has {path} of shape {shape}, and the run {tuple(a.shape)}"
-            )
+                f"another process writes checkpoints to {folder}; wait for its end, or name "
+                "another output folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out what Orbax and tensorstore print of errors that are raised, too: traces of each
+    thread that met one, and of each later one, which finds nobody waiting."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    log, before = logging.getLogger("absl"), sys.unraisablehook
+    log.addFilter(keep)
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        log.removeFilter(keep)
 
 
-def _fingerprint(file: Path) -> list[int]:
-    """[size, CRC-32]."""
-    crc = size = 0
-    with file.open("rb") as f:
-        while block := f.read(_BLOCK):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return [size, crc]
+def _from_first[T](ask: Callable[[], T]) -> T:
+    """What `ask` returns in process 0, JSON, in all of them; so are its errors for the user.
 
+    File systems show processes on other hosts what was changed a little later.
+    """
+    if jax.process_count() == 1:
+        return ask()
+    from jax.experimental import multihost_utils
 
-def _damage(folder: Path, files: Mapping[str, Sequence[int]]) -> str:
-    """What is wrong with a checkpoint's files, or ""."""
-    for name, (size, crc) in files.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size:,} bytes, not {size:,}"
-        if _fingerprint(file) != [size, crc]:
-            return f"{name} is corrupted"
-    return ""
-
-
-def _delete(folder: Path) -> None:
-    (folder / MANIFEST).unlink()  # first: half of a checkpoint is none
-    shutil.rmtree(folder, ignore_errors=True)
+    said = {}
+    if jax.process_index() == 0:
+        try:
+            said = {"value": ask()}
+        except (ConfigError, OutputError) as error:
+            said = {"error": str(error), "kind": type(error).__name__}
+    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    with jax.transfer_guard("allow"):
+        size = int(multihost_utils.broadcast_one_to_all(np.array(text.size, np.int32)))
+        text = multihost_utils.broadcast_one_to_all(
+            text if jax.process_index() == 0 else np.zeros(size, np.uint8)
+        )
+    said = json.loads(bytes(np.asarray(text)))
+    if "error" in said:
+        raise (ConfigError if said["kind"] == "ConfigError" else OutputError)(said["error"])
+    return said["value"]
