@@ -50,28 +50,33 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
     return sorted(sorted(one) for one in bins if one)
 
 
-def pack(documents: Sequence[Encoded], seq_len: int, pad_id: int, *, several: bool = True) -> Rows:
-    """Rows of these documents; with `several` False each has a row of its own."""
-    lengths = [len(document.tokens) for document in documents]
+def bins_of(documents: Sequence[Encoded], seq_len: int, *, several: bool = True) -> list[list[int]]:
+    """Which documents each row gets; with `several` False each has a row of its own."""
     if several:
-        bins = first_fit_decreasing(lengths, seq_len)
-    else:
-        bins = [[i] for i in range(len(documents))]
-    rows = empty_rows(len(bins), seq_len, pad_id)
+        return first_fit_decreasing([len(document.tokens) for document in documents], seq_len)
+    return [[i] for i in range(len(documents))]
+
+
+def fill_rows(
+    documents: Sequence[Encoded], bins: Sequence[Sequence[int]], seq_len: int, pad_id: int
+) -> Rows:
+    """One row per bin, of its documents one after the other, and padding."""
+    shape = (len(bins), seq_len)
+    tokens = np.full(shape, pad_id, np.int32)
+    mask, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
     for row, chosen in enumerate(bins):
         begin = 0
         for number, i in enumerate(chosen, 1):
-            here = slice(begin, begin := begin + lengths[i])
-            rows.tokens[row, here] = documents[i].tokens
-            rows.loss_mask[row, here] = documents[i].mask
-            rows.positions[row, here] = np.arange(lengths[i])
-            rows.segment_ids[row, here] = number
-    doc_lengths = tuple(tuple(lengths[i] for i in chosen) for chosen in bins)
-    return dataclasses.replace(rows, doc_lengths=doc_lengths)
+            length = len(documents[i].tokens)
+            here = slice(begin, begin := begin + length)
+            tokens[row, here] = documents[i].tokens
+            mask[row, here] = documents[i].mask
+            positions[row, here] = np.arange(length)
+            segments[row, here] = number
+    doc_lengths = tuple(tuple(len(documents[i].tokens) for i in chosen) for chosen in bins)
+    return Rows(tokens, mask, positions, segments, doc_lengths)
 
 
-def empty_rows(count: int, seq_len: int, pad_id: int) -> Rows:
-    """Rows of padding alone."""
-    mask, positions, segments = (np.zeros((count, seq_len), np.int32) for _ in range(3))
-    tokens = np.full((count, seq_len), pad_id, np.int32)
-    return Rows(tokens, mask, positions, segments, doc_lengths=((),) * count)
+def pack(documents: Sequence[Encoded], seq_len: int, pad_id: int, *, several: bool = True) -> Rows:
+    """Rows of these documents."""
+    return fill_rows(documents, bins_of(documents, seq_len, several=several), seq_len, pad_id)

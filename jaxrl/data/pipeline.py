@@ -8,7 +8,11 @@ that it does not depend on how many workers there were.
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -16,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from jaxrl.data.chat import SampleError, parse_sample
-from jaxrl.data.packing import Rows, empty_rows, pack
+from jaxrl.data.packing import bins_of, fill_rows
 from jaxrl.data.sources import Samples, check_fingerprint
 from jaxrl.data.template import ChatTemplate, Encoded
 from jaxrl.data.tokenizer import Tokenizer
@@ -30,9 +34,10 @@ ESTIMATE_WINDOWS = 4
 class GlobalBatch:
     """[batch_size, T] int32 arrays as `packing.Rows` has them, of all hosts.
 
-    doc_lengths: of all its documents. counts: of the samples that became these rows, and of those
-    that did not, by reason. epoch: how much of the data the stream has gone through, 1.5 for half
-    of the second pass.
+    doc_lengths: of all its documents, row by row. counts: of its documents, their tokens and those
+    of them that are trained, and, with the first of a window's rows, of the window's samples: how
+    many there were, were truncated or dropped for their length, or were skipped, by reason. epoch:
+    how much of the data the stream has gone through, 1.5 for half of the second pass.
     """
 
     tokens: np.ndarray
@@ -46,15 +51,17 @@ class GlobalBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The packed rows of some samples, and what became of the samples."""
+    """Some samples' documents, which of them each row takes, and what became of the samples. Rows
+    are filled when they are needed: a window of long ones would take gigabytes."""
 
-    rows: Rows
+    documents: Sequence[Encoded]
+    bins: Sequence[Sequence[int]]
     counts: collections.Counter
 
 
 @dataclasses.dataclass(frozen=True)
 class PackWindow:
-    """Numbers of samples to the rows that they fill; runs in workers."""
+    """Numbers of samples to a window of rows; runs in workers."""
 
     config: DataConfig
     samples: Samples
@@ -63,37 +70,39 @@ class PackWindow:
 
     def __call__(self, number: int, chosen: np.ndarray) -> Window:
         documents, counts = [], collections.Counter(samples=len(chosen))
-        for index in map(int, chosen):
+        for index in map(int, np.sort(chosen)):  # of a Parquet file, each group of rows once
             try:
-                document = self.encode(index)
+                document = self._fitted(self.encode(index), counts)
             except SampleError as error:
                 if self.config.bad_samples == "refuse":
                     raise
                 counts[f"skipped: {error.reason}"] += 1
                 continue
-            if len(document.tokens) > self.config.seq_len:
-                counts["dropped" if self.config.overlong == "drop" else "truncated"] += 1
-                if self.config.overlong == "drop":
-                    continue
-                document = Encoded(*(a[: self.config.seq_len] for a in document.__dict__.values()))
-                if not document.mask.any():
-                    counts["skipped: nothing trained behind truncation"] += 1
-                    continue
-            documents.append(document)
-        rows = pack(
-            documents,
-            self.config.seq_len,
-            self.template.tokenizer.pad_id,
-            several=self.config.pack,
-        )
-        if self.config.shuffle:  # or the rows with the window's longest documents would come first
-            order = np.random.default_rng((self.seed, number)).permutation(len(rows))
-            rows = _taken(rows, order)
-        return Window(rows, counts)
+            if document is not None:
+                documents.append(document)
+        bins = bins_of(documents, self.config.seq_len, several=self.config.pack)
+        if self.config.shuffle:
+            order = np.random.default_rng((self.seed, number)).permutation(len(bins))
+            bins = [bins[i] for i in order]
+        return Window(documents, bins, counts)
 
     def encode(self, index: int) -> Encoded:
         where = self.samples.where(index)
         return self.template.encode(parse_sample(self.samples[index], where), where)
+
+    def _fitted(self, document: Encoded, counts: collections.Counter) -> Encoded | None:
+        """The document in `seq_len` tokens, None where it is left out; either is counted."""
+        if len(document.tokens) <= self.config.seq_len:
+            return document
+        if self.config.overlong == "drop":
+            counts["dropped"] += 1
+            return None
+        kept = slice(self.config.seq_len)
+        if not document.mask[kept].any():
+            counts["skipped: trained beyond seq_len"] += 1
+            return None
+        counts["truncated"] += 1
+        return Encoded(document.tokens[kept], document.mask[kept])
 
 
 class Batches(Iterator[GlobalBatch]):
@@ -105,7 +114,7 @@ class Batches(Iterator[GlobalBatch]):
         self.per_epoch = math.ceil(count / config.window)
         numbers = grain.MapDataset.range(count)
         if config.shuffle:
-            numbers = numbers.shuffle(seed=pack.seed)
+            numbers = numbers.shuffle(seed=pack.seed % 2**32)
         windows = numbers.batch(config.window, batch_fn=np.array).repeat(epochs or None)
         self._windows = windows.map_with_index(pack)
         self._number, self._row = 0, 0  # the next row's window, and which of its rows it is
@@ -114,27 +123,33 @@ class Batches(Iterator[GlobalBatch]):
         self._barren = 0  # windows in a row without a row
 
     def __next__(self) -> GlobalBatch:
-        parts, missing, counts = [], self.batch_size, collections.Counter()
-        while missing and (window := self._current()) is not None:
+        documents, bins, counts = [], [], collections.Counter()
+        while len(bins) < self.batch_size and (window := self._current()) is not None:
             if self._row == 0:
                 counts.update(window.counts)
-            part = _taken(window.rows, slice(self._row, self._row + missing))
-            parts.append(part)
-            missing -= len(part)
-            self._row += len(part)
-            if self._row >= len(window.rows):
+            for chosen in window.bins[self._row : self._row + self.batch_size - len(bins)]:
+                bins.append(range(len(documents), len(documents) + len(chosen)))
+                documents += [window.documents[i] for i in chosen]
+                self._row += 1
+            if self._row >= len(window.bins):
                 self._leave(window)
-        if not sum(map(len, parts)):
+        if not bins:
             raise StopIteration
-        if missing:
-            pad = self.pack.template.tokenizer.pad_id
-            parts.append(empty_rows(missing, self.config.seq_len, pad))
-        arrays = {
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("tokens", "loss_mask", "positions", "segment_ids")
-        }
-        lengths = [n for part in parts for row in part.doc_lengths for n in row]
-        return GlobalBatch(**arrays, doc_lengths=tuple(lengths), counts=counts, epoch=self._epoch())
+        bins += [()] * (self.batch_size - len(bins))  # the last batch
+        pad_id = self.pack.template.tokenizer.pad_id
+        rows = fill_rows(documents, bins, self.config.seq_len, pad_id)
+        lengths = [len(document.tokens) for document in documents]
+        counts.update(documents=len(documents), tokens=sum(lengths))
+        counts.update(trained_tokens=int(rows.loss_mask.sum()))
+        return GlobalBatch(
+            tokens=rows.tokens,
+            loss_mask=rows.loss_mask,
+            positions=rows.positions,
+            segment_ids=rows.segment_ids,
+            doc_lengths=tuple(lengths),
+            counts=counts,
+            epoch=self._epoch(),
+        )
 
     def _current(self) -> Window | None:
         """The window that the next row is in; None behind the last."""
@@ -145,30 +160,29 @@ class Batches(Iterator[GlobalBatch]):
         return self._window
 
     def _leave(self, window: Window) -> None:
-        self._barren = 0 if len(window.rows) else self._barren + 1
-        if self._barren >= self.per_epoch:
-            told = ", ".join(f"{n} {what}" for what, n in window.counts.items())
-            raise ConfigError(
-                f"no sample of {len(self.pack.samples)} can be used (the last ones: {told}); see "
-                "config.data"
-            )
         self._window, self._row = None, 0
         self._number += 1
+        self._barren = 0 if window.bins else self._barren + 1
+        if self._number % self.per_epoch == 0 and self._barren >= self.per_epoch:
+            told = ", ".join(f"{n} {what}" for what, n in window.counts.items())
+            raise ConfigError(
+                f"none of the {len(self.pack.samples)} samples can be used (the last: {told}); see "
+                " config.data.seq_len, .overlong and .bad_samples"
+            )
 
-    def _read(self, first: int) -> Iterator[Window]:
-        windows = self._windows[first:]
+    def _read(self, first: int) -> Any:
+        ahead = 1 if self.config.workers else 2
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
+        windows = self._windows[first:].to_iter_dataset(options)
         if self.config.workers:
             if not flags.FLAGS.is_parsed():  # grain reads its own, and jaxrl has none of absl's
                 flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(num_workers=self.config.workers)
-            ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-            return iter(windows.to_iter_dataset(ahead).mp_prefetch(options))
-        return iter(
-            windows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-        )
+            workers = grain.MultiprocessingOptions(num_workers=self.config.workers)
+            windows = windows.mp_prefetch(workers, worker_init_fn=_begin_worker)
+        return iter(windows)
 
     def _epoch(self) -> float:
-        part = self._row / len(self._window.rows) if self._window is not None else 0.0
+        part = self._row / len(self._window.bins) if self._window is not None else 0.0
         return (self._number + part) / self.per_epoch
 
     def get_state(self) -> dict[str, Any]:
@@ -199,7 +213,7 @@ class Batches(Iterator[GlobalBatch]):
             return None
         chosen = np.unique(np.linspace(0, self.per_epoch - 1, ESTIMATE_WINDOWS).astype(int))
         windows: list[Any] = [self._windows[int(i)] for i in chosen]
-        rows = sum(len(window.rows) for window in windows)
+        rows = sum(len(window.bins) for window in windows)
         samples = sum(window.counts["samples"] for window in windows)
         rows_of_all = rows / samples * len(self.pack.samples) * self.epochs
         return max(1, math.ceil(rows_of_all / self.batch_size))
@@ -232,11 +246,10 @@ def validation_batches(
     return batches(config, samples, tokenizer, batch_size=batch_size, seed=0, epochs=1)
 
 
-def _taken(rows: Rows, index: np.ndarray | slice) -> Rows:
-    return Rows(
-        tokens=rows.tokens[index],
-        loss_mask=rows.loss_mask[index],
-        positions=rows.positions[index],
-        segment_ids=rows.segment_ids[index],
-        doc_lengths=tuple(rows.doc_lengths[i] for i in np.arange(len(rows))[index]),
-    )
+def _begin_worker(number: int, count: int) -> None:
+    """Signals to stop are the trainer's: workers go when it says so, or when it is no more."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    threading.Thread(target=lambda: (trainer.join(), os._exit(1)), daemon=True).start()

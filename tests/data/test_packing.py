@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl.data.packing import empty_rows, first_fit_decreasing, pack
+from jaxrl.data.packing import fill_rows, first_fit_decreasing, pack
 from jaxrl.data.template import Encoded
 
 PAD = 99
@@ -90,6 +90,6 @@ def test_a_document_that_fits_no_row_is_refused(length):
 
 
 def test_empty_rows_are_padding_alone():
-    rows = empty_rows(3, 8, PAD)
+    rows = fill_rows([], [[]] * 3, 8, PAD)
     assert rows.tokens.tolist() == [[PAD] * 8] * 3 and rows.doc_lengths == ((), (), ())
     assert not (rows.segment_ids.any() or rows.loss_mask.any() or rows.positions.any())
