@@ -48,7 +48,8 @@ def parse[T](cls: type[T], argv: Sequence[str], usage: str) -> T:
         if flag == "config":
             source = value
         else:
-            overrides[flag.removeprefix("config.")] = _read("true" if value is None else value, kind)
+            text = "true" if value is None else value
+            overrides[flag.removeprefix("config.")] = _read(text, kind)
     if source is None:
         raise ConfigError("no --config given; e.g. --config=configs/qwen3_4b.py (--help for more)")
     from_file: Any = from_config(cls, load(source))

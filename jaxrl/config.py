@@ -31,25 +31,29 @@ ActivationCheckpointing = Literal["none", "recompute", "selective", "offload"]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv:1711.05101) with global-norm clipping and a learning-rate schedule."""
+    """The optimizer, with global-norm clipping and a learning-rate schedule."""
 
+    name: Literal["adamw", "muon", "adafactor", "sgd"] = option(
+        "adamw", "`muon`: layers' matrices, Adam for the rest."
+    )
     learning_rate: float = option(1e-6, "Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = option(
         "constant", "After warm-up: stay, or fall to 0 at `total_steps`."
     )
     warmup_steps: int = option(0, "Steps over which the learning rate rises linearly from 0.")
-    total_steps: int = option(1000, "Step at which `linear` and `cosine` reach 0.")
+    total_steps: int = option(0, "Step at which `linear` and `cosine` reach 0; 0: the run's last.")
     weight_decay: float = option(0.01, "Decoupled weight decay.")
     b1: float = option(0.9, "Decay of Adam's first moment.")
     b2: float = option(0.999, "Decay of Adam's second moment.")
     eps: float = option(1e-8, "Added to the root of Adam's second moment.")
+    momentum: float = option(0.95, "Decay of the momentum of Muon and SGD.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this global norm.")
 
     def __post_init__(self):
         at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "b1", "b2", "eps")
-        at_least(self, 1, "total_steps")
+        at_least(self, 0, "momentum", "total_steps")
         above(self, 0, "max_grad_norm")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "momentum"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be below 1")
 

@@ -5,7 +5,9 @@ memory, they cross PCIe once in each direction per step, and the device holds on
 block of rows of the embedding's or the head's) at a time.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,8 +38,10 @@ def on_host(sharding: NamedSharding) -> NamedSharding:
 
 
 def streamed(
-    whole: optax.GradientTransformation, by_layer: optax.GradientTransformation, devices: int
-) -> optax.GradientTransformation:
+    whole: optax.GradientTransformation,
+    by_layer: optax.GradientTransformationExtraArgs,
+    devices: int,
+) -> optax.GradientTransformationExtraArgs:
     """`optax.chain(whole, *by_layer)`, whose state, laid out the same, may be in host memory.
 
     whole: sees all gradients at once, as clipping by their global norm must; has no state to speak
@@ -49,7 +53,7 @@ def streamed(
         by_layers: Any = by_layer.init(params)
         return (whole.init(params), *by_layers)
 
-    def update(updates: Any, state: Any, params: Any = None):
+    def update(updates: Any, state: Any, params: Any = None, **keep: Any):
         first, state = state[0], state[1:]
         structure = jax.tree.structure(updates)
 
@@ -62,19 +66,20 @@ def streamed(
         def nothing(node):
             return {} if is_moment(node) else node
 
+        step = functools.partial(by_layer.update, **keep)
         updates, first = whole.update(updates, first, params)
         # Counters advance once, whatever the number of layers: by an update of no arrays at all.
         empty = jax.tree.map(nothing, state, is_leaf=is_moment)
-        _, counted = by_layer.update({}, empty, {})
+        _, counted = by_layer.update({}, empty, {}, **keep)
         done, states = {}, {}
         for key in updates:
             # No moments on the device before their gradients, nor beside the ones before them.
             args = (updates[key], part(key), params[key])
             args, done = jax.lax.optimization_barrier((args, done))
             if key in STACKS:
-                done[key], states[key] = _in_slices(by_layer, *args, axis=0, size=1)
+                done[key], states[key] = _in_slices(step, *args, axis=0, size=1)
             else:
-                done[key], states[key] = _by_rows(by_layer, *args, devices=devices)
+                done[key], states[key] = _by_rows(step, *args, devices=devices)
         state = jax.tree.map(
             lambda old, new, *parts: (
                 dict(zip(states, parts, strict=True)) if is_moment(old) else new
@@ -86,7 +91,7 @@ def streamed(
         )
         return done, (first, *state)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _to_device(tree):
@@ -103,24 +108,22 @@ def _reshape(tree, shape) -> Any:
     return jax.tree.map(lambda a: a.reshape(shape(a.shape)) if jnp.ndim(a) else a, tree)
 
 
-def _by_rows(optimizer: optax.GradientTransformation, updates, state, params, devices: int):
+def _by_rows(step: Callable, updates, state, params, devices: int):
     """The update of unstacked arrays: a large matrix in blocks of rows, others at once."""
     matrix = jax.tree.leaves(params)[0]
     if matrix.ndim < 2 or matrix.shape[0] % devices:
-        updates, new = optimizer.update(updates, _to_device(state), params)
+        updates, new = step(updates, _to_device(state), params)
         return updates, _back(new, state)
     here = matrix.shape[0] // devices
     limit = max(1, BLOCK_BYTES // (4 * math.prod(matrix.shape[1:])))
     rows = next(n for n in range(min(here, limit), 0, -1) if here % n == 0)
     # Every device's own rows behind an axis of devices, so that each takes a block of its own.
     args = _reshape((updates, state, params), lambda shape: (devices, here, *shape[1:]))
-    done = _in_slices(optimizer, *args, axis=1, size=rows)
+    done = _in_slices(step, *args, axis=1, size=rows)
     return _reshape(done, lambda shape: (devices * here, *shape[2:]))
 
 
-def _in_slices(
-    optimizer: optax.GradientTransformation, updates, state, params, *, axis: int, size: int
-):
+def _in_slices(step: Callable, updates, state, params, *, axis: int, size: int):
     """The update of `size` along `axis` at a time, in place; counters of `state` are scalars."""
     length = jax.tree.leaves(params)[0].shape[axis]
 
@@ -139,7 +142,7 @@ def _in_slices(
     def body(i, carry):
         updates, state = carry
         here = at(state, i * size)
-        part, new = optimizer.update(at(updates, i * size), _to_device(here), at(params, i * size))
+        part, new = step(at(updates, i * size), _to_device(here), at(params, i * size))
         return put(updates, part, i * size), put(state, _back(new, here), i * size)
 
     return jax.lax.fori_loop(0, length // size, body, (updates, state))

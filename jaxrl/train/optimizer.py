@@ -1,14 +1,28 @@
-"""AdamW with global-norm clipping and a learning-rate schedule, as optax transformations."""
+"""Optimizers and learning-rate schedules, as optax transformations.
 
+All: gradients clipped by their global norm -> the optimizer's own direction -> decoupled weight
+decay -> times -lr. They differ in the direction alone.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from jaxrl.config import OptimizerConfig
-from jaxrl.train.offload import streamed
+from jaxrl.train.offload import STACKS, streamed
+
+# Adafactor keeps a row and a column instead of a matrix with at least so many of both.
+FACTORED_FROM = 128
 
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then constant, or linear or cosine decay to 0."""
+    """Learning rate by the number of updates made: linear warm-up, then constant, or linear or
+    cosine decay to 0."""
     lr, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule in ("linear", "cosine") and not config.total_steps:
+        raise ValueError(f"schedule {config.schedule} needs total_steps, the step at which it ends")
     decay = max(config.total_steps - warmup, 1)
     match config.schedule:
         case "constant":
@@ -24,17 +38,124 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, *, devices: int = 0) -> optax.GradientTransformation:
-    """clip by global norm -> Adam -> decoupled weight decay (arXiv:1711.05101) -> -lr(step).
+def make_optimizer(
+    config: OptimizerConfig, *, devices: int = 0, dtype: Any = jnp.float32
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that `config.name` names.
 
-    devices: of a mesh on which moments are in host memory; 0 where they are not. Same results.
+    adamw: arXiv:1711.05101. muon: momentum made orthogonal (`orthogonalized`) for the layers'
+    matrices, adapters' among them, Adam for the rest. adafactor: arXiv:1804.04235, with the
+    learning rate as it is given. sgd: Nesterov's momentum.
+
+    devices: of a mesh on which moments are in host memory, for adamw and sgd, whose arithmetic is
+    elementwise; 0 where they are not. Same results. dtype: of Muon's iteration.
+
+    `update(gradients, state, params, keep=flag)`: where the flag is false, state stays as it is and
+    updates are zero, whatever the gradients are.
     """
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    momentum = optax.trace(decay=config.momentum, nesterov=True)
+    match config.name:
+        case "adamw":
+            direction = [adam]
+        case "muon":
+            matrices = optax.chain(momentum, orthogonalized(dtype))
+            direction = [optax.partition({"muon": matrices, "adam": adam}, muon_or_adam)]
+        case "adafactor":
+            factored = optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED_FROM)
+            direction = [factored, clipped_by_layer(1.0)]
+        case "sgd":
+            direction = [momentum]
+        case other:
+            raise ValueError(f"unknown optimizer {other!r}; one of adamw, muon, adafactor, sgd")
+    if devices and config.name not in ("adamw", "sgd"):
+        raise ValueError(
+            f"offload_optimizer streams adamw and sgd layer by layer, and not {config.name}; turn "
+            "it off"
+        )
     clip = optax.clip_by_global_norm(config.max_grad_norm)
     by_layer = (
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        *direction,
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule(config)),
     )
-    return (
-        streamed(clip, optax.chain(*by_layer), devices) if devices else optax.chain(clip, *by_layer)
+    if devices:
+        return streamed(clip, guarded(optax.chain(*by_layer)), devices)
+    return guarded(optax.chain(clip, *by_layer))
+
+
+def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner`, whose update counts where `keep` is true; a plain choice between old and new, that a
+    compiler makes part of the elementwise update."""
+
+    def update(updates, state, params=None, *, keep=True):
+        new, new_state = inner.update(updates, state, params)
+        if keep is True:
+            return new, new_state
+        new = jax.tree.map(lambda u: jnp.where(keep, u, 0).astype(u.dtype), new)
+        return new, jax.tree.map(lambda a, old: jnp.where(keep, a, old), new_state, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def updates_made(opt_state: Any) -> Any:
+    """How many updates an optimizer state of `make_optimizer` has seen: its schedule's count."""
+    (count,) = (s.count for s in _states(opt_state) if isinstance(s, optax.ScaleByScheduleState))
+    return count
+
+
+def _states(tree: Any) -> list[Any]:
+    def is_schedule(node) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return jax.tree.leaves(tree, is_leaf=is_schedule)
+
+
+def muon_or_adam(params: Any) -> Any:
+    """Of each parameter "muon", for matrices of layers (stacked [L, ..., in, out]), or "adam", for
+    embedding, head, norms, biases and routers."""
+
+    def label(path, p) -> str:
+        keys = [key.key for key in path]
+        matrix = keys[0] in STACKS and p.ndim >= 3 and "router" not in keys
+        return "muon" if matrix else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def orthogonalized(dtype: Any) -> optax.GradientTransformation:
+    """Each matrix of the stacked layers, [..., in, out], to the nearest (semi-)orthogonal one, by
+    Newton and Schulz' iteration in `dtype`, times 0.2 sqrt(max(in, out)), so that an update is as
+    large as AdamW's (arXiv:2502.16982).
+
+    A layer at a time: of matrices that are divided over devices, one layer's is gathered at once.
+    """
+    # Without momentum of its own, it is the iteration alone.
+    newton_schulz = optax.contrib.scale_by_muon(beta=0.0, nesterov=False)
+
+    def one(matrix: jax.Array) -> jax.Array:
+        low = matrix.astype(dtype)
+        turned: Any = newton_schulz.update(low, newton_schulz.init(low))[0]
+        return 0.2 * max(matrix.shape) ** 0.5 * turned.astype(matrix.dtype)
+
+    def layer(matrices: jax.Array) -> jax.Array:
+        if matrices.ndim == 2:
+            return one(matrices)
+        flat = matrices.reshape(-1, *matrices.shape[-2:])  # [E, in, out]
+        return jax.vmap(one)(flat).reshape(matrices.shape)
+
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda u: jax.lax.map(layer, u), updates)
     )
+
+
+def clipped_by_layer(limit: float) -> optax.GradientTransformation:
+    """Each layer's array scaled down to a root mean square of at most `limit`."""
+
+    def clip(path, u: jax.Array) -> jax.Array:
+        stacked = path[0].key in STACKS
+        axes = tuple(range(1 if stacked else 0, u.ndim))
+        rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=axes, keepdims=True))
+        return u / jnp.maximum(1.0, rms / limit)
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(clip, updates))

@@ -25,7 +25,7 @@ from jaxrl.parallel.mesh import make_mesh
 from jaxrl.sft_config import SftConfig
 from jaxrl.train.batch import BATCH_SPEC, Batch
 from jaxrl.train.offload import HOST
-from jaxrl.train.optimizer import make_optimizer
+from jaxrl.train.optimizer import make_optimizer, schedule
 from jaxrl.train.state import StateLayout, TrainState
 from jaxrl.train.step import TrainStep
 
@@ -94,7 +94,12 @@ def build_program(
         add_lora(decoder, LoraConfig(lora_rank, lora.alpha, lora.targets))
     layout = StateLayout(
         decoder,
-        make_optimizer(optimizer, devices=mesh.size if step.offload_optimizer else 0),
+        make_optimizer(
+            optimizer,
+            devices=mesh.size if step.offload_optimizer else 0,
+            dtype=jnp.dtype(step.compute_dtype),
+        ),
+        schedule(optimizer),
         mesh,
         frozen_dtype=jnp.dtype(step.compute_dtype),
         offload_optimizer=step.offload_optimizer,
@@ -129,7 +134,8 @@ def sft_program(
             f"{len(devices)} devices work on at once; use e.g. {least}"
         )
     optimizer = config.optimizer
-    if total_steps and not optimizer.total_steps:
+    if not optimizer.total_steps:
+        total_steps = total_steps or config.max_steps or 1  # or 1: a plan, which makes no step
         optimizer = dataclasses.replace(optimizer, total_steps=total_steps)
     return build_program(
         model,

@@ -9,10 +9,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrl.models.params import Buffer, initial_value, nest, specs
+from jaxrl.models.params import Buffer, ParamSpec, initial_value, nest, specs
 from jaxrl.models.transformer import Transformer
 from jaxrl.parallel.sharding import check_divides, partition_spec
 from jaxrl.train.offload import on_host
+from jaxrl.train.optimizer import updates_made
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +41,8 @@ class StateLayout:
     """
 
     model: Transformer
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
     mesh: Mesh
     frozen_dtype: Any = jnp.bfloat16
     offload_optimizer: bool = False
@@ -92,20 +94,31 @@ class StateLayout:
             )
 
         params = struct(self.trainable_specs, jnp.float32)
-        opt_state = jax.eval_shape(self.optimizer.init, params)
-        opt_state = optax.tree.map_params(
-            self.optimizer,
-            lambda s, p: jax.ShapeDtypeStruct(
-                s.shape,
-                s.dtype,
-                sharding=on_host(p.sharding) if self.offload_optimizer else p.sharding,
-            ),
-            opt_state,
-            params,
-            transform_non_params=self._replicated,
-        )
+        opt_state = self._opt_state(jax.eval_shape(self.optimizer.init, params))
         step = self._replicated(jax.ShapeDtypeStruct((), jnp.int32))
         return TrainState(step, params, struct(self.frozen_specs, self.frozen_dtype), opt_state)
+
+    def learning_rate(self, opt_state) -> jax.Array:
+        """Of the next update, fp32."""
+        return jnp.asarray(self.schedule(updates_made(opt_state)), jnp.float32)
+
+    def _opt_state(self, opt_state):
+        """Its shapes with their shardings. An array that is kept for a parameter has the
+        parameter's path behind its own; it lies as the parameter does, as far as it has the same
+        dimensions (Adafactor leaves one out)."""
+
+        def place(path, s):
+            keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+            spec = next((learns[keys[i:]] for i in range(len(keys)) if keys[i:] in learns), None)
+            if spec is None or not s.shape:
+                return self._replicated(s)
+            sharding = NamedSharding(self.mesh, _kept(spec, s.shape))
+            if self.offload_optimizer and s.shape == spec.shape:
+                sharding = on_host(sharding)
+            return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+
+        learns = self.trainable_specs
+        return jax.tree_util.tree_map_with_path(place, opt_state)
 
     def shardings(self) -> TrainState:
         return jax.tree.map(lambda s: s.sharding, self.abstract())
@@ -136,3 +149,18 @@ class StateLayout:
     def _replicated(self, s):
         sharding = NamedSharding(self.mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+
+
+def _kept(spec: ParamSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    """The partition of an array of `shape` that an optimizer keeps for a parameter."""
+    whole = partition_spec(spec.axes)
+    if shape == spec.shape:
+        return whole
+    axes = tuple(whole) + (None,) * (len(spec.shape) - len(whole))
+    without = {
+        PartitionSpec(*axes[:i], *axes[i + 1 :])
+        for i in range(len(axes))
+        if spec.shape[:i] + spec.shape[i + 1 :] == shape
+    }
+    # Of two equal dimensions it is not known which one was left out.
+    return without.pop() if len(without) == 1 else PartitionSpec()

@@ -82,10 +82,13 @@ CPU_OPTIONS: dict[str, bool | int | str] = {"xla_cpu_enable_concurrency_optimize
 class TrainStep:
     """`step(state, batch) -> (state, metrics)`, jitted and donating the state.
 
+    Where loss or gradient is not finite, or no token is trained, parameters and optimizer state
+    stay as they are, and only `step` counts on.
+
     metrics, fp32 scalars over the global batch: loss, grad_norm, entropy, tokens (trained
-    ones); RL adds mismatch_kl and the kept and dropped fractions. Models with experts add
-    expert_load [L, E], the share of each layer's choices that fell on each expert, and
-    expert_load_max, the largest share as a multiple of the mean one.
+    ones), lr, skipped (1 where the update was); RL adds mismatch_kl and the kept and dropped
+    fractions. Models with experts add expert_load [L, E], the share of each layer's choices that
+    fell on each expert, and expert_load_max, the largest share as a multiple of the mean one.
     """
 
     def __init__(self, layout: StateLayout, config: StepConfig):
@@ -182,19 +185,25 @@ class TrainStep:
 
     def _step(self, state: TrainState, batch: Batch):
         grads, metrics = self.gradients(state.params, state.frozen, batch)
-        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["grad_norm"] = norm = optax.tree.norm(grads)
+        good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]) & (metrics["tokens"] > 0)
+        metrics["skipped"] = 1.0 - good.astype(jnp.float32)
+        metrics["lr"] = self.layout.learning_rate(state.opt_state)
         frozen = state.frozen
         if (load := metrics.get("expert_load")) is not None:
             metrics["expert_load_max"] = jnp.max(load) * load.shape[-1]
             if self.config.router_bias_rate:
-                frozen = _balance(frozen, load, self.config.router_bias_rate)
+                rate = jnp.where(good, self.config.router_bias_rate, 0.0)
+                frozen = _balance(frozen, load, rate)
         with jax.named_scope("optimizer"):
-            updates, opt_state = self.layout.optimizer.update(grads, state.opt_state, state.params)
+            updates, opt_state = self.layout.optimizer.update(
+                grads, state.opt_state, state.params, keep=good
+            )
             params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, frozen, opt_state), metrics
 
 
-def _balance(frozen, load: Float[Array, "L E"], rate: float):
+def _balance(frozen, load: Float[Array, "L E"], rate: Float[Array, ""]):
     """The routers' correction biases moved towards an even load: up by `rate` where an expert got
     less than its share, down where more (arXiv:2408.15664)."""
     router = frozen["layers"]["mlp"]["router"]
