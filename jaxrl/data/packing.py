@@ -75,8 +75,3 @@ def fill_rows(
             segments[row, here] = number
     doc_lengths = tuple(tuple(len(documents[i].tokens) for i in chosen) for chosen in bins)
     return Rows(tokens, mask, positions, segments, doc_lengths)
-
-
-def pack(documents: Sequence[Encoded], seq_len: int, pad_id: int, *, several: bool = True) -> Rows:
-    """Rows of these documents."""
-    return fill_rows(documents, bins_of(documents, seq_len, several=several), seq_len, pad_id)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl.data.packing import fill_rows, first_fit_decreasing, pack
+from jaxrl.data.packing import bins_of, fill_rows, first_fit_decreasing
 from jaxrl.data.template import Encoded
 
 PAD = 99
@@ -34,7 +34,7 @@ def documents_of(rows):
 @given(st.lists(st.integers(1, 64), max_size=40), st.booleans())
 def test_every_document_once_whole_and_apart(lengths, several):
     documents = [document(n, i) for i, n in enumerate(lengths)]
-    rows = pack(documents, 64, PAD, several=several)
+    rows = fill_rows(documents, bins_of(documents, 64, several=several), 64, PAD)
     seen = []
     for row, tokens, mask, positions in documents_of(rows):
         number = tokens[0] // 1000 - 1
