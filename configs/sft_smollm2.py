@@ -28,13 +28,14 @@ def get_config():
     config.data.validation = (str(DATA / "held_out.jsonl"),)
     config.data.seq_len = 1024
     config.batch_size = 4
-    config.rows_per_device = 1
-    config.epochs = 1
-    config.eval_every = 50
-    config.eval_batches = 8
-    config.checkpoint.every = 50
-    config.optimizer.learning_rate = 1e-4
+    config.max_steps = 60
+    config.eval_every = 10
+    config.eval_batches = 5
+    config.checkpoint.every = 20
+    config.optimizer.learning_rate = 2e-4
     config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_steps = 10
+    config.optimizer.warmup_steps = 5
+    # Memory is not what a CPU is short of.
+    config.train.ac = "none"
     config.train.compute_dtype = "float32"
     return config

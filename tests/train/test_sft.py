@@ -66,7 +66,7 @@ def test_learns_and_writes_a_line_per_step(whole):
     }
     for line in lines[1:]:
         assert keys <= line.keys()
-        assert 90 < line["fill_pct"] <= 100
+        assert 75 < line["fill_pct"] <= 100
         assert 0 < line["trained_tokens"] < line["documents"] * 128
     assert lines[2]["lr"] == pytest.approx(1e-2) and lines[1]["lr"] < lines[2]["lr"]
 
@@ -82,7 +82,7 @@ def test_writes_what_it_was_asked_to_do_and_samples(whole):
         for tag in events.Tags()["tensors"]
     }
     shown = texts["samples/text_summary"]
-    assert "**It is" in shown and "&lt;|im_end|>**" in shown and "assistant\n**" in shown
+    assert "assistant  \n**It is" in shown and "&lt;|im_end|>**" in shown
     assert "| data.seq_len | 128 |" in texts["options/text_summary"]
 
 
