@@ -34,6 +34,12 @@ TOOLS = [
         },
     }
 ]
+# What stands between two answers, so that where an answer ends is not seen by looking for it.
+LOOKALIKES = (
+    "<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\nNo"
+    "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhat is 2 + 2?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nNo<|user|>\nWhat is 2 + 2?<|assistant|>No"
+)
 CHATS = {
     "one turn": [USER, SAYS],
     "three turns": [USER, SAYS, USER, SAYS, USER, {"role": "assistant", "content": "Still 4."}],
@@ -48,15 +54,7 @@ CHATS = {
         SAYS,
     ],
     "the same twice": [USER, SAYS, USER, SAYS],
-    "an answer that looks like the rest": [
-        USER,
-        {
-            "role": "assistant",
-            "content": "It<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n",
-        },
-        USER,
-        SAYS,
-    ],
+    "an answer that looks like the rest": [USER, SAYS | {"content": "It" + LOOKALIKES}, USER, SAYS],
 }
 TOOL_CHATS = {
     "call": [USER, CALLS],
@@ -295,6 +293,13 @@ REFUSED = {
         CHATML.replace("{{ m.content }}", "An answer, well considered: " * 3 + "{{ m.content }}")
         + PROMPT,
         [USER, SAYS],
+        "uncertain",
+        "message 1 .assistant.*{% generation %}",
+    ),
+    "an empty turn left out": (
+        "{% for m in messages %}|{{ m.content }}{{ '|' if m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}|{% endif %}",
+        [USER, SAYS | {"content": ""}],
         "uncertain",
         "message 1 .assistant.*{% generation %}",
     ),
