@@ -1,11 +1,15 @@
 """LoRA (arXiv:2106.09685): y = x W + (alpha / R) x A B, with W frozen."""
 
 import dataclasses
+import functools
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxrl.models.layers import Linear
 from jaxrl.models.moe import ExpertLinear
+from jaxrl.models.params import Path, nest
 from jaxrl.models.transformer import Transformer
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -39,3 +43,35 @@ def add_lora(model: Transformer, lora: LoraConfig) -> Transformer:
         if isinstance(linear, (Linear, ExpertLinear)) and path[-1] in lora.targets:
             linear.add_lora(lora.rank, lora.alpha / lora.rank)
     return model
+
+
+def adapted(model: Transformer) -> dict[Path, float]:
+    """The linear maps that have adapters: their paths and scales, alpha / R."""
+    return {
+        tuple(map(str, path)): linear.lora_scale
+        for path, linear in nnx.iter_modules(model)
+        if isinstance(linear, (Linear, ExpertLinear)) and linear.lora_a is not None
+    }
+
+
+def merge_lora(model: Transformer) -> Transformer:
+    """The same model without adapters, each kernel W + (alpha / R) A B, added up in fp32 and held
+    in the kernel's dtype; other arrays are the given model's own, a kernel is replaced by its sum
+    one at a time. Raises ValueError where the model has no values."""
+    values = {tuple(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(nnx.state(model))}
+    if not all(isinstance(value, jax.Array) for value in values.values()):
+        raise ValueError("the model has no values; initialize or load it before merging")
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def merged(kernel, a, b, scale: float):
+        wide = (x.astype(jnp.float32) for x in (a, b))
+        update = jnp.matmul(*wide, precision=jax.lax.Precision.HIGHEST)
+        return (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
+
+    for path, scale in adapted(model).items():
+        a, b = (values.pop((*path, name)) for name in ("lora_a", "lora_b"))
+        values[*path, "kernel"] = merged(values[*path, "kernel"], a, b, scale)
+    plain = Transformer(
+        model.config, attention=model.attention, grouped_matmul=model.grouped_matmul
+    )
+    return nnx.merge(nnx.graphdef(plain), nest(values))

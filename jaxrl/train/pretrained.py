@@ -1,5 +1,6 @@
 """A run's first state: a Hugging Face checkpoint's weights, straight into their places."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrl.models.hf import load_pretrained
-from jaxrl.models.params import initial_value, nest, specs
+from jaxrl.models.params import Buffer, initial_value, nest, specs
 from jaxrl.models.transformer import merge_trees
 from jaxrl.options import ConfigError
 from jaxrl.train.state import StateLayout, TrainState
@@ -47,6 +48,49 @@ def load_state(layout: StateLayout, folder: str | Path, key: jax.Array) -> Train
     `frozen_dtype`, and fresh adapters drawn from `key`. Every array is made where it will live, one
     parameter's part at a time. Raises `CheckpointError` as `load_pretrained` does.
     """
+    abstract, values = layout.abstract(), _base(layout, folder)
+    adapters = {p: s for p, s in layout.trainable_specs.items() if p not in values}
+    if adapters:
+
+        def draw(key):
+            return {p: initial_value(p, s, key) for p, s in adapters.items()}
+
+        shardings = {p: _at(abstract.params, p).sharding for p in adapters}
+        values |= jax.jit(draw, out_shardings=shardings)(key)
+    params = nest({p: values[p] for p in layout.trainable_specs})
+    frozen = nest({p: values[p] for p in layout.frozen_specs})
+
+    def begin(params):
+        return jnp.zeros((), jnp.int32), layout.optimizer.init(params)
+
+    places = (abstract.step.sharding, jax.tree.map(lambda s: s.sharding, abstract.opt_state))
+    step, opt_state = jax.jit(begin, out_shardings=places)(params)
+    return TrainState(step, params, frozen, opt_state)
+
+
+def kept(layout: StateLayout, state: TrainState) -> TrainState:
+    """What of a state a run's checkpoint holds: all of it, but of the base that LoRA leaves as it
+    is only what is no parameter (routers' biases)."""
+    if not layout.is_lora:
+        return state
+    buffers = {p: _at(state.frozen, p) for p, s in layout.frozen_specs.items() if s.kind is Buffer}
+    return dataclasses.replace(state, frozen=nest(buffers))
+
+
+def completed(layout: StateLayout, state: TrainState, folder: str | Path) -> TrainState:
+    """The state that `kept` made `state` of; the rest is read from the checkpoint folder that the
+    run began with."""
+    if not layout.is_lora:
+        return state
+    base = {p: value for p, value in _base(layout, folder).items() if p in layout.frozen_specs}
+    for path, spec in layout.frozen_specs.items():
+        if spec.kind is Buffer:
+            base[path] = _at(state.frozen, path)
+    return dataclasses.replace(state, frozen=nest(base))
+
+
+def _base(layout: StateLayout, folder: str | Path) -> dict[tuple[str, ...], jax.Array]:
+    """The folder's weights by path, in the layout's places and dtypes."""
     abstract = layout.abstract()
     places = merge_trees(abstract.params, abstract.frozen)
     base = [path for path, spec in specs(layout.model).items() if spec.hf is not None]
@@ -55,29 +99,10 @@ def load_state(layout: StateLayout, folder: str | Path, key: jax.Array) -> Train
         dtype=layout.frozen_dtype if layout.is_lora else jnp.float32,
         shardings=nest({path: _at(places, path).sharding for path in base}),
     )
-    values = {
+    return {
         tuple(map(str, path)): variable.get_value()
         for path, variable in nnx.to_flat_state(nnx.state(model))
     }
-    adapters = {p: s for p, s in layout.trainable_specs.items() if p not in values}
-    if adapters:
-
-        def draw(key):
-            return {p: initial_value(p, s, key) for p, s in adapters.items()}
-
-        shardings = {p: _at(places, p).sharding for p in adapters}
-        values |= jax.jit(draw, out_shardings=shardings)(key)
-    params = nest({p: values[p] for p in layout.trainable_specs})
-    frozen = nest({p: values[p] for p in layout.frozen_specs})
-    begin = jax.jit(
-        lambda params: (jnp.zeros((), jnp.int32), layout.optimizer.init(params)),
-        out_shardings=(
-            abstract.step.sharding,
-            jax.tree.map(lambda s: s.sharding, abstract.opt_state),
-        ),
-    )
-    step, opt_state = begin(params)
-    return TrainState(step, params, frozen, opt_state)
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:

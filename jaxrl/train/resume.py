@@ -8,6 +8,7 @@ from jaxrl.data.pipeline import Batches
 from jaxrl.options import ConfigError, flat, show_value
 from jaxrl.sft_config import SftConfig
 from jaxrl.train.checkpoint import Checkpoints, Restored
+from jaxrl.train.pretrained import kept
 from jaxrl.train.state import StateLayout
 
 # What a resumed run may change: where and how fast it runs, how long, what it shows. All other
@@ -45,7 +46,8 @@ def resume(
     stream: Batches,
     say: Callable[[str], None],
 ) -> Restored | None:
-    """The checkpoint that the run goes on from, None for a new run; `stream` is moved to its place.
+    """The checkpoint that the run goes on from, with `pretrained.kept` of a state; None for a new
+    run. `stream` is moved to its place.
 
     `say` is told where it begins, and of checkpoints that were corrupted. Raises ConfigError where
     options or data are not those that the checkpoint was written with.
@@ -58,7 +60,7 @@ def resume(
         )
     if steps or wish not in ("auto", "none"):
         step = None if wish == "auto" else int(wish)
-        restored = checkpoints.restore(layout.abstract(), step)
+        restored = checkpoints.restore(kept(layout, layout.abstract()), step)
         if restored is not None:
             _tell(restored, config.output, say)
             _same_options(config, restored)
@@ -79,7 +81,7 @@ def fork(
     elif not step.isdigit():
         raise ConfigError(f"config.checkpoint.fork names step {step!r}; write FOLDER@STEP")
     with Checkpoints(f"{folder}/checkpoints", read_only=True) as other:
-        restored = other.restore(layout.abstract(), int(step) if step else None)
+        restored = other.restore(kept(layout, layout.abstract()), int(step) if step else None)
     if restored is None:
         raise ConfigError(f"config.checkpoint.fork: {folder} holds no checkpoint")
     _tell(restored, folder, say)

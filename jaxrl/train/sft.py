@@ -8,7 +8,7 @@ import itertools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from jaxrl.trackers import Mlflow, Tracker, Wandb
 from jaxrl.train.batch import Batch
 from jaxrl.train.checkpoint import Checkpoints, Restored
 from jaxrl.train.evaluate import Evaluation
-from jaxrl.train.pretrained import find_checkpoint, load_state
+from jaxrl.train.pretrained import completed, find_checkpoint, kept, load_state
 from jaxrl.train.program import Program, sft_program
 from jaxrl.train.resume import resume
 from jaxrl.train.signals import StopSignals
@@ -48,7 +48,7 @@ class Run:
     program: Program
     evaluation: Evaluation
     stream: Batches
-    held_out: Callable[[], Iterable[GlobalBatch]] | None
+    held_out: Callable[[], Batches] | None
     checkpoints: Checkpoints
     monitor: Monitor
     console: RunConsole
@@ -103,9 +103,10 @@ def train(config: SftConfig) -> int:
         said = [describe(program, samples, total)]
         restored = resume(config, checkpoints, program.layout, stream, said.append)
         if restored is None:
-            restored = Restored(
-                0, load_state(program.layout, folder, jax.random.key(config.seed)), {}
-            )
+            state = load_state(program.layout, folder, jax.random.key(config.seed))
+            restored = Restored(0, state, {})
+        else:
+            state = completed(program.layout, restored.state, folder)
         console = RunConsole(total, restored.step, every=config.log_every, quiet=not is_reporter())
         for line in said:
             console.say(line)
@@ -135,7 +136,7 @@ def train(config: SftConfig) -> int:
             counts=collections.Counter(restored.extra.get("counts", {})),
         )
         run.monitor.text("samples", sample_text(stream, tokenizer), restored.step)
-        return fit(run, restored.state, restored.step)
+        return fit(run, state, restored.step)
 
 
 def fit(run: Run, state: TrainState, step: int) -> int:
@@ -219,10 +220,10 @@ def validate(run: Run, state: TrainState) -> dict[str, float]:
     """`eval_loss`, per trained token of the validation data, and how many there were."""
     assert run.held_out is not None
     total = collections.Counter()
-    limit = run.config.eval_batches or None
-    for batch in itertools.islice(run.held_out(), limit):
-        found = jax.device_get(run.evaluation(state, device_batch(run.program, batch)))
-        total.update({name: float(value) for name, value in found.items()})
+    with contextlib.closing(run.held_out()) as held_out:
+        for batch in itertools.islice(held_out, run.config.eval_batches or None):
+            found = jax.device_get(run.evaluation(state, device_batch(run.program, batch)))
+            total.update({name: float(value) for name, value in found.items()})
     if not total["tokens"]:
         raise ConfigError("no token of the validation data is trained; see config.data.validation")
     return {"eval_loss": total["loss"] / total["tokens"], "eval_tokens": total["tokens"]}
@@ -232,7 +233,8 @@ def save(run: Run, state: TrainState, step: int) -> None:
     """Begin to write a checkpoint of `step`, which all metrics were told of."""
     extra = {"data": run.stream.get_state(), "counts": dict(run.counts)}
     with jax.transfer_guard("allow"):  # Orbax's own
-        run.checkpoints.save(step, state, {**run.source, **extra})
+        held = kept(run.program.layout, state)
+        run.checkpoints.save(step, held, {**run.source, **extra})
 
 
 def device_batch(program: Program, batch: GlobalBatch) -> Batch:
