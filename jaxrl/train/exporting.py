@@ -41,7 +41,13 @@ def export(run: Path, out: Path, step: int | None, form: str, dtype: str) -> str
         model = trained_model(checkpoints, config, base, step)
     if form == "adapter":
         save_adapter(model, out, base=config.model)
-        return f"step {step} of {run} written to {out}: a PEFT adapter of {config.model}"
+        shape = model.config
+        # Seen with PEFT 0.21, which takes an adapter's "gate_proj" for the experts' alone.
+        mixed = shape.num_experts and (shape.first_k_dense or shape.num_shared_experts)
+        note = (
+            "; PEFT itself reads the experts' only, of dense and shared ones none" if mixed else ""
+        )
+        return f"step {step} of {run} written to {out}: a PEFT adapter of {config.model}{note}"
     if config.lora_rank:
         model = merge_lora(model)
     save_pretrained(as_dtype(model, jnp.dtype(dtype)), out, source=base)

@@ -3,13 +3,15 @@
 They are committed; tests only read them. jaxrl does not depend on torch, so making them again
 takes an environment of its own (Python 3.11):
 
-    pip install torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 jinja2==3.1.6
+    pip install torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 jinja2==3.1.6 peft==0.21.2
     python tests/golden/generate.py [SMOLLM2_DIR]
 
 Each case is a folder: a tiny random checkpoint (config.json, model.safetensors) and
 golden.safetensors with `tokens` and `labels` [B, T], `logits` [B, T, V] of the tokens, and
 `grad.<tensor name>`, the gradient of the mean cross-entropy of `labels`; the names are those in
-model.safetensors, one per expert. A case whose folder exists is left as it is.
+model.safetensors, one per expert. Some have an adapter/ besides, random LoRA of PEFT's format, and
+adapter.safetensors: the `logits` of the same tokens that PEFT makes of it. What exists is left as
+it is.
 
 With SMOLLM2_DIR (made by `python -m jaxrl.models.smollm2 SMOLLM2_DIR`) it also writes
 smollm2_greedy.json: the model's greedy continuations of chat prompts.
@@ -20,7 +22,8 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -84,6 +87,14 @@ CASES = {
     "glm4_moe": Glm4MoeConfig(**SMALL_GLM, attention_bias=True),
     "glm4_moe_qk_norm": Glm4MoeConfig(**SMALL_GLM, use_qk_norm=True),
 }
+# Of models whose dense layers stand beside experts (GLM-4.5), PEFT 0.21 leaves the dense layers'
+# adapters out.
+ADAPTED = {
+    "qwen3_tied": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "llama_bias": ("q_proj", "v_proj"),
+    "qwen3_moe": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+RANK, ALPHA = 3, 12
 PROMPTS = (
     "What is the capital of France?",
     "Write a haiku about the sea.",
@@ -168,6 +179,39 @@ def write_case(name: str, config, seed: int) -> None:
     save_file(golden, HERE / name / "golden.safetensors")
 
 
+def write_adapter(name: str, targets: tuple[str, ...], seed: int) -> None:
+    """An adapter on every matrix of those names, with the checkpoint's names, one per expert."""
+    torch.manual_seed(seed)
+    tensors = {}
+    for tensor, w in load_file(HERE / name / "model.safetensors").items():
+        module = tensor.removesuffix(".weight")
+        if module.rpartition(".")[2] in targets:
+            out, into = w.shape
+            a, b = torch.randn(RANK, into) / into**0.5, 0.5 * torch.randn(out, RANK)
+            tensors[f"base_model.model.{module}.lora_A.weight"] = a
+            tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    folder = HERE / name / "adapter"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": sorted(targets),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokens = load_file(HERE / name / "golden.safetensors")["tokens"].long()
+    base = AutoModelForCausalLM.from_pretrained(
+        HERE / name, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        plain = base(tokens).logits
+        logits = PeftModel.from_pretrained(base, str(folder))(tokens).logits
+    assert (logits - plain).abs().max() > 1.0, f"{name}: the adapter does nothing"
+    save_file({"logits": logits.contiguous()}, HERE / name / "adapter.safetensors")
+
+
 def write_smollm2(folder: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -197,5 +241,7 @@ if __name__ == "__main__":
     for seed, (name, config) in enumerate(CASES.items()):
         if not (HERE / name).exists():
             write_case(name, config, seed)
+        if name in ADAPTED and not (HERE / name / "adapter").exists():
+            write_adapter(name, ADAPTED[name], seed)
     if len(sys.argv) > 1:
         write_smollm2(sys.argv[1])
