@@ -34,7 +34,7 @@ def command(inputs, output, *flags) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_with_zero_and_the_run_goes_on(inputs, tmp_path, number):
     """No checkpoint is due: the one that is there was written for the signal."""
-    flags = ("max_steps=1000000", "epochs=0", "checkpoint.every=0")
+    flags = ("max_steps=2000", "epochs=0", "checkpoint.every=0")
     run = subprocess.Popen(
         [sys.executable, "-m", "jaxrl.sft", *command(inputs, tmp_path / "run", *flags)],
         stdout=subprocess.PIPE,
@@ -45,12 +45,12 @@ def test_a_signal_saves_and_ends_with_zero_and_the_run_goes_on(inputs, tmp_path,
     printed = ""
     for line in run.stdout:
         printed += line
-        if line.startswith("step 3 "):
+        if line.startswith("step 3/"):
             run.send_signal(number)
     assert run.wait() == 0
     with Checkpoints(tmp_path / "run/checkpoints", read_only=True) as checkpoints:
         (step,) = checkpoints.steps()
-    assert step >= 3
+    assert 3 <= step < 2000
     assert f"stopped at step {step}, which is saved" in printed
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, step + 1))
     again = command(inputs, tmp_path / "run", f"max_steps={step + 1}", "epochs=0")
