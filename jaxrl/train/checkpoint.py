@@ -15,11 +15,9 @@ good checkpoint at every moment.
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +26,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from jaxrl.cli import OutputError
 from jaxrl.options import ConfigError
+from jaxrl.parallel.first_process import from_first
+from jaxrl.train.array_files import ArrayFiles, by_path, check_same, os_reason
 from jaxrl.train.manifest import (
     MANIFEST,
     Damaged,
@@ -42,8 +41,6 @@ from jaxrl.train.manifest import (
 )
 from jaxrl.train.state import TrainState
 
-# For all processes to have written their part: 500 GB to a slow network disk.
-_TIMEOUT_S = 2 * 3600
 _OPTIMIZER = "opt_state/"
 
 
@@ -80,17 +77,11 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.keep_last, self.keep_every, self.read_only = keep_last, keep_every, read_only
         self._saving: _Saving | None = None
+        self._good: int | None = None  # the newest that this process has written or read
         self._held = contextlib.ExitStack()
         if not read_only:
-            _from_first(self._open)
-        self._held.enter_context(_quiet())
-        # Orbax's own CheckpointManager deletes by its own idea of what is complete, and its "v1"
-        # API is still called experimental. OCDBT: a few files however many arrays and shards.
-        # Uncompressed: fp32 weights hardly shrink, and it would take most of a save's time.
-        self._writer = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False),
-            async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT_S),
-        )
+            from_first(self._open)
+        self._arrays = ArrayFiles()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -105,7 +96,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._writer.close()
+            self._arrays.close()
             self._held.close()
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
@@ -118,7 +109,7 @@ class Checkpoints:
         if self.read_only:
             raise ValueError(f"{self.folder} was opened to be read only")
         self.wait()
-        arrays = _flat(state)
+        arrays = by_path(state)
         content = {
             "step": step,
             "extra": json.loads(json.dumps(extra)),  # as it is now, and as it will come back
@@ -130,10 +121,10 @@ class Checkpoints:
                 shutil.rmtree(self._partial(step), ignore_errors=True)
                 self._partial(step).mkdir()
 
-        _from_first(begin)
-        with self._told(step), jax.transfer_guard("allow"):
-            self._writer.save(self._partial(step) / "state", args=ocp.args.PyTreeSave(arrays))
-        self._saving = _Saving(step, self._writer, lambda: self._complete(step, content))
+        from_first(begin)
+        with self._told(step):
+            self._arrays.write(self._partial(step) / "state", arrays)
+        self._saving = _Saving(step, self._arrays, lambda: self._complete(step, content))
 
     def wait(self) -> None:
         """Until the last save is complete. Raises OutputError where it could not be written."""
@@ -151,11 +142,11 @@ class Checkpoints:
             with self._told(saving.step):
                 saving.completion()
 
-        _from_first(end)
+        from_first(end)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, rising; damage that came later is not looked for."""
-        return _from_first(self._steps)
+        return from_first(self._steps)
 
     def restore(self, abstract: Any, step: int | None = None) -> Restored | None:
         """The checkpoint of `step`, or the newest that is not damaged (None without any), as a
@@ -177,34 +168,25 @@ class Checkpoints:
         """(step, extra) of a checkpoint, default the newest whose manifest can be read; its arrays
         are not looked at. Raises ConfigError where there is none."""
         self.wait()
-        found = _from_first(lambda: self._choose(step, lambda *_: None))
+        found = from_first(lambda: self._choose(step, lambda *_: None))
         if found is None:
             raise ConfigError(f"{self.folder} holds no checkpoint")
         return found["manifest"]["step"], found["manifest"]["extra"]
 
     def _restore(self, abstract: Any, step: int | None, left_out: str | tuple) -> Restored | None:
-        found = _from_first(lambda: self._choose(step, check_files))
+        found = from_first(lambda: self._choose(step, check_files))
         if found is None:
             return None
-        manifest, wanted = found["manifest"], _flat(abstract)
+        manifest, wanted = found["manifest"], by_path(abstract)
         stored = {
             path: (tuple(shape), np.dtype(dtype))
             for path, (shape, dtype) in manifest["arrays"].items()
             if not path.startswith(left_out)
         }
+        self._good = manifest["step"]
         folder = self._path(manifest["step"])
-        _compare(wanted, stored, folder)
-        args = {
-            path: ocp.ArrayRestoreArgs(sharding=a.sharding, global_shape=a.shape, dtype=a.dtype)
-            for path, a in wanted.items()
-        }
-        with jax.transfer_guard("allow"):
-            arrays = self._writer.restore(
-                folder / "state",
-                args=ocp.args.PyTreeRestore(
-                    item=dict(wanted), restore_args=args, partial_restore=bool(left_out)
-                ),
-            )
+        check_same(wanted, stored, folder)
+        arrays = self._arrays.read(folder / "state", wanted, some=bool(left_out))
         state = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[p] for p in wanted])
         skipped = tuple((step, reason) for step, reason in found["skipped"])
         return Restored(manifest["step"], state, manifest["extra"], skipped)
@@ -253,7 +235,7 @@ class Checkpoints:
             self._held.enter_context(_locked(self.folder))
             for path in sorted(self.folder.iterdir()):
                 match = re.fullmatch(r"\.(\d{8,})\.(partial|deleted)", path.name)
-                if match and match[2] == "partial" and (path / MANIFEST).is_file():
+                if match and match[2] == "partial" and _is_good(path):
                     self._publish(int(match[1]))
                 elif match:
                     shutil.rmtree(path, ignore_errors=True)
@@ -262,6 +244,7 @@ class Checkpoints:
         """Make a checkpoint of what Orbax has written, and delete those that it replaces."""
         write_manifest(self._partial(step), content)
         self._publish(step)
+        self._good = step
 
     def _publish(self, step: int) -> None:
         if self._path(step).exists():  # the same step, saved again: there are two of it now
@@ -288,14 +271,14 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = _os_reason(error)
+            reason = os_reason(error)
             if reason is None:
                 raise
             if step is not None and jax.process_index() == 0:
                 shutil.rmtree(self._partial(step), ignore_errors=True)
             what = "checkpoints" if step is None else f"the checkpoint of step {step}"
-            steps = self._steps() if step is not None else []
-            left = f"; the checkpoint of step {steps[-1]} is intact" if steps else ""
+            good = self._good
+            left = f"; the checkpoint of step {good} is intact" if good is not None else ""
             raise OutputError(
                 f"{what} cannot be written to {self.folder}: {reason}{left}"
             ) from error
@@ -304,9 +287,9 @@ class Checkpoints:
 class _Saving:
     """A save under way: waits in a thread for Orbax, then, in process 0, makes it complete."""
 
-    def __init__(self, step: int, writer: ocp.AsyncCheckpointer, complete: Callable[[], None]):
+    def __init__(self, step: int, arrays: ArrayFiles, complete: Callable[[], None]):
         self.step = step
-        self._writer, self._complete = writer, complete
+        self._arrays, self._complete = arrays, complete
         self._failed: Exception | None = None
         self._not_completed: Exception | None = None
         # Not a daemon: a run that ends by an error still completes its last checkpoint.
@@ -328,7 +311,7 @@ class _Saving:
 
     def _work(self) -> None:
         try:
-            self._writer.wait_until_finished()
+            self._arrays.wait()
         except Exception as error:
             self._failed = error
             return
@@ -339,49 +322,12 @@ class _Saving:
                 self._not_completed = error
 
 
-def _flat(tree: Any) -> dict[str, Any]:
-    """The leaves by path, "params/layers/mlp/gate/kernel"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(flat) < len(leaves):
-        raise ValueError("two arrays of the state have the same path; leave '/' out of its keys")
-    return flat
-
-
-def _compare(wanted: Mapping[str, Any], stored: Mapping[str, Any], folder: Path) -> None:
-    """Raise ConfigError, naming the first difference."""
-    for path in [*wanted, *(path for path in stored if path not in wanted)]:
-        there = _shown(*stored[path]) if path in stored else "not there"
-        here = "nothing"
-        if path in wanted:
-            shape, dtype = tuple(wanted[path].shape), np.dtype(wanted[path].dtype)
-            here = _shown(shape, dtype)
-            if path in stored:
-                floats = all(
-                    jax.dtypes.issubdtype(t, np.floating) for t in (dtype, stored[path][1])
-                )
-                if shape == stored[path][0] and (floats or dtype == stored[path][1]):
-                    continue
-        raise ConfigError(
-            f"checkpoint {folder} is of another model, optimizer or LoRA: {path} is {there}, and "
-            f"this run has {here}; go on with the options it was written with"
-        )
-
-
-def _shown(shape: tuple[int, ...], dtype: Any) -> str:
-    return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}]"
-
-
-def _os_reason(error: BaseException | None) -> str | None:
-    """What the operating system said, if it is behind an error."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.strerror or str(error)
-        # So tensorstore, whatever type its errors have.
-        if code := re.search(r"os_error_code='(\d+)'", str(error)):
-            return os.strerror(int(code[1]))
-        error = error.__cause__
-    return None
+def _is_good(folder: Path) -> bool:
+    try:
+        check_files(folder, read_manifest(folder))
+        return True
+    except Damaged:
+        return False
 
 
 @contextlib.contextmanager
@@ -401,52 +347,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leaves out what Orbax and tensorstore print of errors that are raised, too: traces of each
-    thread that met one, and of each later one, which finds nobody waiting."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in record.pathname)
-
-    def hook(unraisable) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    log, before = logging.getLogger("absl"), sys.unraisablehook
-    log.addFilter(keep)
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-        log.removeFilter(keep)
-
-
-def _from_first[T](ask: Callable[[], T]) -> T:
-    """What `ask` returns in process 0, JSON, in all of them; so are its errors for the user.
-
-    File systems show processes on other hosts what was changed a little later.
-    """
-    if jax.process_count() == 1:
-        return ask()
-    from jax.experimental import multihost_utils
-
-    said = {}
-    if jax.process_index() == 0:
-        try:
-            said = {"value": ask()}
-        except (ConfigError, OutputError) as error:
-            said = {"error": str(error), "kind": type(error).__name__}
-    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
-    with jax.transfer_guard("allow"):
-        size = int(multihost_utils.broadcast_one_to_all(np.array(text.size, np.int32)))
-        text = multihost_utils.broadcast_one_to_all(
-            text if jax.process_index() == 0 else np.zeros(size, np.uint8)
-        )
-    said = json.loads(bytes(np.asarray(text)))
-    if "error" in said:
-        raise (ConfigError if said["kind"] == "ConfigError" else OutputError)(said["error"])
-    return said["value"]
