@@ -27,7 +27,7 @@ def test_content_comes_back_and_every_file_is_listed(tmp_path):
     }
     check_files(tmp_path, found)
     (tmp_path / "deep/er/data").write_bytes(bytes(256 * 20000))
-    with pytest.raises(Damaged, match="^deep/er/data is corrupted$"):
+    with pytest.raises(Damaged, match=r"^deep/er/data is corrupted$"):
         check_files(tmp_path, found)
 
 
