@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import warnings
 from typing import Any
 
 from jaxrl.options import ConfigError
@@ -31,7 +32,9 @@ def load_tokenizer(name: str | pathlib.Path, vocab_size: int, chat_template: str
     Raises ConfigError where there is none, or it has tokens that a model of `vocab_size` has not.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that torch is missing
-    from transformers import AutoTokenizer
+    with warnings.catch_warnings():  # in notebooks, of a progress bar that nothing here shows
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from transformers import AutoTokenizer
 
     try:
         hf = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)

@@ -15,7 +15,7 @@ from jaxrl.models.peft import save_adapter
 from jaxrl.models.transformer import Transformer, merge_trees
 from jaxrl.options import ConfigError, from_config
 from jaxrl.sft_config import MeshConfig, SftConfig, SftTrainConfig
-from jaxrl.train.checkpoint import Checkpoints
+from jaxrl.train.checkpoint import Checkpoints, Restored
 from jaxrl.train.pretrained import completed, kept
 from jaxrl.train.program import sft_program
 
@@ -29,7 +29,7 @@ def export(run: Path, out: Path, step: int | None, form: str, dtype: str) -> str
     its base checkpoint has gone, or it has no adapter; ValueError where `out` is not empty.
     """
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
-        step, extra = checkpoints.extra(step)
+        _, extra = checkpoints.extra(step)
         config, base = from_config(SftConfig, extra["config"]), Path(extra["model_folder"])
         if not base.is_dir():
             raise ConfigError(
@@ -38,25 +38,25 @@ def export(run: Path, out: Path, step: int | None, form: str, dtype: str) -> str
             )
         if form == "adapter" and not config.lora_rank:
             raise ConfigError(f"the run in {run} trains all weights: there is no adapter to write")
-        model = trained_model(checkpoints, config, base, step)
+        restored, model = trained_model(checkpoints, config, base, step)
+    said = "".join(f"step {n} cannot be used: {reason}\n" for n, reason in restored.skipped)
+    said += f"step {restored.step} of {run} written to {out}: "
     if form == "adapter":
         save_adapter(model, out, base=config.model)
         shape = model.config
-        # Seen with PEFT 0.21, which takes an adapter's "gate_proj" for the experts' alone.
+        # Seen with PEFT 0.21, which takes every "gate_proj" for the experts'.
         mixed = shape.num_experts and (shape.first_k_dense or shape.num_shared_experts)
-        note = (
-            "; PEFT itself reads the experts' only, of dense and shared ones none" if mixed else ""
-        )
-        return f"step {step} of {run} written to {out}: a PEFT adapter of {config.model}{note}"
+        note = "; PEFT itself does not read all of it for this architecture" if mixed else ""
+        return f"{said}a PEFT adapter of {config.model}{note}"
     if config.lora_rank:
         model = merge_lora(model)
     save_pretrained(as_dtype(model, jnp.dtype(dtype)), out, source=base)
-    return f"step {step} of {run} written to {out}: a Hugging Face folder, {dtype}"
+    return f"{said}a Hugging Face folder, {dtype}"
 
 
 def trained_model(
-    checkpoints: Checkpoints, config: SftConfig, base: Path, step: int
-) -> Transformer:
+    checkpoints: Checkpoints, config: SftConfig, base: Path, step: int | None
+) -> tuple[Restored, Transformer]:
     """The run's model with the checkpoint's values, adapters and all, on the default device."""
     one = dataclasses.replace(
         config, mesh=MeshConfig(), rows_per_device=1, train=SftTrainConfig(compute_dtype="float32")
@@ -66,7 +66,8 @@ def trained_model(
     restored = checkpoints.restore_params(abstract, step)
     assert restored is not None  # its manifest was read
     state = completed(layout, restored.state, base)
-    return nnx.merge(nnx.graphdef(layout.model), merge_trees(state.params, state.frozen))
+    model = nnx.merge(nnx.graphdef(layout.model), merge_trees(state.params, state.frozen))
+    return restored, model
 
 
 def as_dtype(model: Transformer, dtype: jnp.dtype) -> Transformer:

@@ -19,7 +19,13 @@ FREE = (
     "epochs",
     "rows_per_device",
     "mesh",
-    "train",
+    "train.ac",
+    "train.attention",
+    "train.grouped_matmul",
+    "train.head_chunk",
+    "train.mlp_chunk",
+    "train.experts_chunk",
+    "train.offload_optimizer",
     "max_bad_steps",
     "eval_every",
     "eval_batches",
@@ -60,11 +66,11 @@ def resume(
         )
     if steps or wish not in ("auto", "none"):
         step = None if wish == "auto" else int(wish)
+        # First: another rank or optimizer is better told by its option than by its arrays.
+        _same_options(config, checkpoints.extra(step)[1])
         restored = checkpoints.restore(kept(layout, layout.abstract()), step)
         if restored is not None:
             _tell(restored, config.output, say)
-            _same_options(config, restored)
-            stream.check(restored.extra["data"])
             stream.set_state(restored.extra["data"])
             return restored
     return fork(config, layout, stream, say) if config.checkpoint.fork else None
@@ -85,7 +91,9 @@ def fork(
     if restored is None:
         raise ConfigError(f"config.checkpoint.fork: {folder} holds no checkpoint")
     _tell(restored, folder, say)
-    changed = _changed(config, restored, lambda key: not _within(key, DATA) or _within(key, FREE))
+    changed = _changed(
+        config, restored.extra, lambda key: not _within(key, DATA) or _within(key, FREE)
+    )
     same = not changed
     if same:
         try:
@@ -106,8 +114,8 @@ def _tell(restored: Restored, folder: str, say: Callable[[str], None]) -> None:
     say(f"going on from step {restored.step} of {folder}")
 
 
-def _same_options(config: SftConfig, restored: Restored) -> None:
-    for key, (now, then) in _changed(config, restored, lambda key: _within(key, FREE)).items():
+def _same_options(config: SftConfig, extra: Mapping[str, Any]) -> None:
+    for key, (now, then) in _changed(config, extra, lambda key: _within(key, FREE)).items():
         raise ConfigError(
             f"config.{key} is {show_value(now)!r}, and the run in {config.output} has "
             f"{show_value(then)!r}; put it back, or fork the run: "
@@ -116,10 +124,10 @@ def _same_options(config: SftConfig, restored: Restored) -> None:
 
 
 def _changed(
-    config: SftConfig, restored: Restored, left_out: Callable[[str], bool]
+    config: SftConfig, extra: Mapping[str, Any], left_out: Callable[[str], bool]
 ) -> Mapping[str, tuple[Any, Any]]:
     """(now, then) of the options that differ from the checkpoint's, by dotted key."""
-    now, then = flat(dataclasses.asdict(config)), flat(restored.extra["config"])
+    now, then = flat(dataclasses.asdict(config)), flat(extra["config"])
     return {
         key: (value, then[key])
         for key, value in now.items()
