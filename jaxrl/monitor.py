@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,9 @@ class Monitor:
             from tensorboardX import SummaryWriter  # slow to import, and not always wanted
 
             purge: Any = None if resumed_at is None else resumed_at + 1
-            self._writer = SummaryWriter(str(self.folder), purge_step=purge)
+            # Its files' names tell seconds apart, not more: one would take another's place.
+            suffix = f".{time.time_ns()}"
+            self._writer = SummaryWriter(str(self.folder), purge_step=purge, filename_suffix=suffix)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write `scalars` of one step; one that is not finite is null in the JSONL file."""

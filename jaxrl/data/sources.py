@@ -208,7 +208,7 @@ class HubSamples:
         if importlib.util.find_spec("datasets") is None:
             raise ConfigError(
                 f"data {name!r} is no file here; to read it as a Hugging Face dataset: "
-                "pip install datasets"
+                "pip install 'jaxrl[hub]'"
             )
         import datasets  # type: ignore[reportMissingImports]
 

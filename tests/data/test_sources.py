@@ -107,7 +107,7 @@ def test_files_without_samples_or_of_another_kind_are_refused(tmp_path):
 
 def test_a_hub_name_needs_the_package_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"no file here; .*: pip install datasets$"):
+    with pytest.raises(ConfigError, match=r"no file here; .*: pip install 'jaxrl\[hub\]'$"):
         open_samples(["owner/name"])
 
 

@@ -1,0 +1,58 @@
+"""`jaxrl.sft --dry_run`: what a run would need, told before anything is loaded."""
+
+import pathlib
+import re
+
+import pytest
+
+from jaxrl.options import ConfigError
+from jaxrl.sft import main
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+def plan(capsys, name, *flags) -> str:
+    config = f"--config={CONFIGS}/{name}.py"
+    assert main(["sft", config, *(f"--config.{flag}" for flag in flags), "--dry_run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_run_on_a_gpu_that_is_not_here(capsys):
+    printed = plan(capsys, "sft_qwen3_0_6b", "gpu=1xA6000", "data.seq_len=1024", "lora_rank=8")
+    assert re.search(r"optimizer\.schedule\s+cosine", printed)
+    assert re.search(r"trained \(fp32\)\s+5,046,272 ", printed)
+    assert re.search(r"frozen\s+596,049,920 ", printed)
+    peak = float(re.search(r"peak memory per device\s+([\d.]+) GiB \(planned\)", printed)[1])
+    floor = float(re.search(r"floor\s+([\d.]+) GiB", printed)[1])
+    assert 1.1 < floor < peak < 3.0
+    assert "8 micro-batches of 1 rows of 1024 tokens = 8,192 tokens" in printed
+
+
+def test_a_run_on_this_hosts_devices(capsys):
+    flags = ("data.seq_len=128", "batch_size=16", "train.compute_dtype=float32", "lora_rank=4")
+    printed = plan(capsys, "sft_qwen3_0_6b", *flags)
+    assert "Plan: 8xCPU" in printed
+    assert re.search(r"mesh\s+fsdp 8 x expert 1 x context 1", printed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("gpu=8xV100",), r"config.gpu: unknown GPU 'V100'; did you mean"),
+        (("gpu=eight",), r"config.gpu: unknown GPU 'eight'"),
+        (("gpu=8 x H100",), r"config.gpu is '8 x H100'; write COUNTxGPU"),
+        (("gpu=3xH100",), r"batch_size 8 is no multiple of the 3 rows .* use e.g. 6"),
+        (("model=somebody/else",), r"'somebody/else' is no folder and no model that jaxrl knows"),
+        (("model=",), r"config.model names no checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, flags, problem):
+    with pytest.raises(ConfigError, match=problem):
+        plan(capsys, "sft_qwen3_0_6b", *flags)
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_is_refused(capsys):
+    flags = ("gpu=1xA6000", "data.seq_len=1024", "batch_size=1")
+    with pytest.raises(ConfigError, match=r"this run needs .* GiB on each A6000, which has 47"):
+        plan(capsys, "sft_qwen3_4b", *flags)
