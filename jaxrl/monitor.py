@@ -79,6 +79,19 @@ class Monitor:
         self.close()
 
 
+class Silent(Monitor):
+    """Writes nothing: of processes other than the first."""
+
+    def __init__(self):
+        self._writer, self._trackers = None, ()
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _drop_later(file: pathlib.Path, step: int) -> None:
     """Keep the lines of `file` up to `step`; a last line that a killed run left unfinished goes."""
     kept = []

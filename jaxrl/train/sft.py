@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from jaxrl.data.sources import Samples, hold_out, open_samples
 from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrl.models.hf_config import read_config
 from jaxrl.models.safetensors_folder import write_json
-from jaxrl.monitor import Monitor
+from jaxrl.monitor import Monitor, Silent
 from jaxrl.options import ConfigError, flat
 from jaxrl.parallel.distributed import any_process, global_batch, is_reporter
 from jaxrl.perf.flops import active_lora_params
@@ -373,7 +372,7 @@ def open_data(config: SftConfig) -> tuple[Samples, Samples | None]:
 def open_monitor(config: SftConfig, output: pathlib.Path, resumed_at: int | None) -> Monitor:
     """Where the run's scalars go; of processes other than the first, nowhere."""
     if not is_reporter():
-        return Monitor(os.devnull, tensorboard=False)
+        return Silent()
     output.mkdir(parents=True, exist_ok=True)
     shown = flat(dataclasses.asdict(config))
     write_json(output / "config.json", dataclasses.asdict(config))
