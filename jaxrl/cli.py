@@ -51,7 +51,9 @@ def parse[T](cls: type[T], argv: Sequence[str], usage: str) -> T:
             text = "true" if value is None else value
             overrides[flag.removeprefix("config.")] = _read(text, kind)
     if source is None:
-        raise ConfigError("no --config given; e.g. --config=configs/qwen3_4b.py (--help for more)")
+        example = re.search(r"--config=\S+", usage)
+        hint = f"; e.g. {example[0]} (--help for more)" if example else ""
+        raise ConfigError(f"no --config given{hint}")
     from_file: Any = from_config(cls, load(source))
     tree = dataclasses.asdict(from_file)
     for key, value in overrides.items():

@@ -37,6 +37,7 @@ FREE = (
     "profile",
     "dry_run",
     "gpu",
+    "data.bad_samples",
     "data.workers",
     "data.validation",
     "data.validation_split",

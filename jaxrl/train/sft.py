@@ -74,12 +74,12 @@ def train(config: SftConfig) -> int:
 
     Raises ConfigError for input that cannot be used, `cli.OutputError` for a disk that is full.
     """
+    samples, held_out = open_data(config)  # before a model is downloaded for nothing
     folder = find_checkpoint(config.model)
     model = read_config(folder)
     tokenizer = load_tokenizer(
         config.tokenizer or folder, model.vocab_size, config.data.chat_template
     )
-    samples, held_out = open_data(config)
     stream = batches(
         config.data,
         samples,
@@ -149,8 +149,15 @@ def fit(run: Run, state: TrainState, step: int) -> int:
     with StopSignals() as stop, Profile(run) as profile, jax.transfer_guard("disallow"):
         run.clock = time.perf_counter()
         while not any_process(stop.requested) and (step < config.max_steps or not config.max_steps):
-            began = time.perf_counter()
-            batch = next(run.stream, None)
+            began, place = time.perf_counter(), run.stream.get_state()
+            try:
+                batch = next(run.stream, None)
+            except ConfigError:  # a sample that cannot be used: nothing before it is lost
+                if done is not None:
+                    finish(run, done)
+                if step != saved:
+                    save(run, state, step, place)
+                raise
             if batch is None:  # all epochs are through
                 break
             waited, step = time.perf_counter() - began, step + 1
@@ -228,9 +235,10 @@ def validate(run: Run, state: TrainState) -> dict[str, float]:
     return {"eval_loss": total["loss"] / total["tokens"], "eval_tokens": total["tokens"]}
 
 
-def save(run: Run, state: TrainState, step: int) -> None:
-    """Begin to write a checkpoint of `step`, which all metrics were told of."""
-    extra = {"data": run.stream.get_state(), "counts": dict(run.counts)}
+def save(run: Run, state: TrainState, step: int, place: Any = None) -> None:
+    """Begin to write a checkpoint of `step`, which all metrics were told of; `place` in the data,
+    if it is not where the stream is."""
+    extra = {"data": place or run.stream.get_state(), "counts": dict(run.counts)}
     with jax.transfer_guard("allow"):  # Orbax's own
         held = kept(run.program.layout, state)
         run.checkpoints.save(step, held, {**run.source, **extra})

@@ -215,12 +215,19 @@ def test_sample_that_cannot_be_used_stops_the_run_with_its_state_saved_or_is_cou
     chats[40] = '{"messages": [{"role": "user", "content": "and?"}]}\n'
     bad = inputs / "bad.jsonl"
     bad.write_text("".join(chats))
-    unshuffled = ("data.shuffle=false", "max_steps=0", "epochs=1", "data.window=16")
+    flags = ("data.shuffle=false", "max_steps=20", "epochs=1", "data.window=16", "batch_size=8")
+    flags = (*flags, "rows_per_device=1", "checkpoint.every=0")
+    output = tmp_path / "run"
     with pytest.raises(
         ConfigError, match=r"bad.jsonl:41: no message of assistant is to be trained"
     ):
-        sft(inputs, tmp_path / "run", *unshuffled, "batch_size=8", train="bad.jsonl")
-    skip = (*unshuffled, "data.bad_samples=skip", "checkpoint.resume=auto")
-    assert sft(inputs, tmp_path / "other" / "run", *skip, train="bad.jsonl") == 0
-    assert metrics(tmp_path / "other" / "run")[-1]["total/skipped: nothing trained"] == 1
+        sft(inputs, output, *flags, train="bad.jsonl")
+    before = metrics(output)
+    with Checkpoints(output / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [before[-1]["step"]]
+    assert sft(inputs, output, *flags, "data.bad_samples=skip", train="bad.jsonl") == 0
+    lines = metrics(output)
+    assert lines[: len(before)] == before and len(lines) > len(before)
+    assert sum(line["documents"] for line in lines) == 59  # each once, whatever happened between
+    assert lines[-1]["total/skipped: nothing trained"] == 1
     assert "1 skipped: nothing trained" in capsys.readouterr().out
