@@ -11,10 +11,10 @@ from jaxrl.sft_config import SftConfig
 PAGE = pathlib.Path(__file__).parents[1] / "docs/config.md"
 HEAD = """# Options
 
-Each command takes `--config=FILE.py`, whose `get_config()` returns these options as an ml_collections
-ConfigDict (`jaxrl.config.default_config(BenchConfig)` has them with their defaults), and
-`--config.KEY=VALUE` for each of them. `FILE.py:ARG` hands ARG to `get_config`. An unknown key, a value
-of the wrong type or out of range is refused in one line. Lists are written with commas.
+Each command takes `--config=FILE.py`, whose `get_config()` returns these options as a ConfigDict of
+ml_collections (`jaxrl.config.default_config(BenchConfig)` has them with their defaults), and
+`--config.KEY=VALUE` for each of them. `FILE.py:ARG` hands ARG to `get_config`. An unknown key, a
+value of the wrong type or out of range is refused in one line. Lists are written with commas.
 
 This page is made by `.ci/config_page.py` from the options' own definitions.
 """

@@ -31,6 +31,7 @@ from jaxrl.train.batch import Batch
 from jaxrl.train.checkpoint import Checkpoints, Restored
 from jaxrl.train.evaluate import Evaluation
 from jaxrl.train.pretrained import completed, find_checkpoint, kept, load_state
+from jaxrl.train.profile import Profile
 from jaxrl.train.program import Program, sft_program
 from jaxrl.train.resume import resume
 from jaxrl.train.signals import StopSignals
@@ -141,12 +142,16 @@ def train(config: SftConfig) -> int:
 def fit(run: Run, state: TrainState, step: int) -> int:
     """The loop, from `step` on; returns the exit code. The last state is saved."""
     config, done = run.config, None
-    saved = step
+    saved, profiles = step, pathlib.Path(config.output) / "profile"
     if step == 0 and run.held_out is not None:
         values = validate(run, state)
         run.monitor.log(0, values)
         run.console.step(0, values)
-    with StopSignals() as stop, Profile(run) as profile, jax.transfer_guard("disallow"):
+    with (
+        StopSignals() as stop,
+        Profile(config.profile, profiles) as profile,
+        jax.transfer_guard("disallow"),
+    ):
         run.clock = time.perf_counter()
         while not any_process(stop.requested) and (step < config.max_steps or not config.max_steps):
             began, place = time.perf_counter(), run.stream.get_state()
@@ -297,41 +302,6 @@ def write_aside(run: Run) -> pathlib.Path:
             }
             np.savez_compressed(folder / f"step_{step:06d}.npz", **arrays)
     return folder
-
-
-class Profile:
-    """Traces the steps of `config.profile`, for TensorBoard's profiler."""
-
-    def __init__(self, run: Run):
-        first, _, last = run.config.profile.partition(":")
-        self.first, self.last = (int(first), int(last)) if last else (-1, -1)
-        self.folder = pathlib.Path(run.config.output) / "profile"
-        self.on = False
-
-    def __enter__(self) -> "Profile":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stop()
-
-    def before(self, step: int) -> None:
-        if step == self.first and is_reporter():
-            with jax.transfer_guard("allow"):
-                jax.profiler.start_trace(str(self.folder))
-            self.on = True
-
-    def ends(self, step: int) -> bool:
-        return self.on and step == self.last
-
-    def after(self, step: int) -> None:
-        if self.ends(step):
-            self._stop()
-
-    def _stop(self) -> None:
-        if self.on:
-            with jax.transfer_guard("allow"):
-                jax.profiler.stop_trace()
-        self.on = False
 
 
 def describe(program: Program, samples: Samples, total: int | None) -> str:
