@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl.config import OptimizerConfig
+from jaxrl.train.guarded import adam, guarded, momentum, nothing_unless_kept
 from jaxrl.train.offload import STACKS, streamed
 
 # Adafactor keeps a row and a column instead of a matrix with at least so many of both.
@@ -50,22 +51,21 @@ def make_optimizer(
     devices: of a mesh on which moments are in host memory, for adamw and sgd, whose arithmetic is
     elementwise; 0 where they are not. Same results. dtype: of Muon's iteration.
 
-    `update(gradients, state, params, keep=flag)`: where the flag is false, state stays as it is and
-    updates are zero, whatever the gradients are.
+    `update(gradients, state, params, keep=flag)`: where the flag is false, state and parameters
+    stay as they are, whatever the gradients are (`jaxrl.train.guarded`).
     """
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    momentum = optax.trace(decay=config.momentum, nesterov=True)
+    adaptive = adam(config.b1, config.b2, config.eps)
     match config.name:
         case "adamw":
-            direction = [adam]
+            direction = [adaptive]
         case "muon":
-            matrices = optax.chain(momentum, orthogonalized(dtype))
-            direction = [optax.partition({"muon": matrices, "adam": adam}, muon_or_adam)]
+            matrices = optax.chain(momentum(config.momentum), orthogonalized(dtype))
+            direction = [optax.partition({"muon": matrices, "adam": adaptive}, muon_or_adam)]
         case "adafactor":
             factored = optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED_FROM)
-            direction = [factored, clipped_by_layer(1.0)]
+            direction = [guarded(factored), clipped_by_layer(1.0)]
         case "sgd":
-            direction = [momentum]
+            direction = [momentum(config.momentum)]
         case other:
             raise ValueError(f"unknown optimizer {other!r}; one of adamw, muon, adafactor, sgd")
     if devices and config.name not in ("adamw", "sgd"):
@@ -77,25 +77,11 @@ def make_optimizer(
     by_layer = (
         *direction,
         optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(schedule(config)),
+        guarded(optax.scale_by_learning_rate(schedule(config))),
     )
     if devices:
-        return streamed(clip, guarded(optax.chain(*by_layer)), devices)
-    return guarded(optax.chain(clip, *by_layer))
-
-
-def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`inner`, whose update counts where `keep` is true; a plain choice between old and new, that a
-    compiler makes part of the elementwise update."""
-
-    def update(updates, state, params=None, *, keep=True):
-        new, new_state = inner.update(updates, state, params)
-        if keep is True:
-            return new, new_state
-        new = jax.tree.map(lambda u: jnp.where(keep, u, 0).astype(u.dtype), new)
-        return new, jax.tree.map(lambda a, old: jnp.where(keep, a, old), new_state, state)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+        return streamed(clip, nothing_unless_kept(optax.chain(*by_layer)), devices)
+    return nothing_unless_kept(optax.chain(clip, *by_layer))
 
 
 def updates_made(opt_state: Any) -> Any:
@@ -144,9 +130,16 @@ def orthogonalized(dtype: Any) -> optax.GradientTransformation:
         flat = matrices.reshape(-1, *matrices.shape[-2:])  # [E, in, out]
         return jax.vmap(one)(flat).reshape(matrices.shape)
 
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(lambda u: jax.lax.map(layer, u), updates)
-    )
+    def layers(stack: jax.Array) -> jax.Array:
+        # In place: what `jax.lax.map` would write its results to begins as zeros, which would be
+        # one array with the gradients' accumulator's, in memory from the step's beginning.
+        def body(i, stack):
+            here = jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(stack, layer(here), i, 0)
+
+        return jax.lax.fori_loop(0, stack.shape[0], body, stack)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(layers, updates))
 
 
 def clipped_by_layer(limit: float) -> optax.GradientTransformation:

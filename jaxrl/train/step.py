@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxrl.config import StepConfig
 from jaxrl.models.params import specs
@@ -23,6 +23,7 @@ from jaxrl.parallel.context import AXIS as CONTEXT
 from jaxrl.parallel.context import context_attention, sequence_order
 from jaxrl.train.batch import BATCH_SPEC, Batch, predictions
 from jaxrl.train.gradients import Gradients
+from jaxrl.train.guarded import chosen
 from jaxrl.train.state import StateLayout, TrainState
 
 
@@ -193,8 +194,7 @@ class TrainStep:
         if (load := metrics.get("expert_load")) is not None:
             metrics["expert_load_max"] = jnp.max(load) * load.shape[-1]
             if self.config.router_bias_rate:
-                rate = jnp.where(good, self.config.router_bias_rate, 0.0)
-                frozen = _balance(frozen, load, rate)
+                frozen = _balance(frozen, load, self.config.router_bias_rate, good)
         with jax.named_scope("optimizer"):
             updates, opt_state = self.layout.optimizer.update(
                 grads, state.opt_state, state.params, keep=good
@@ -203,11 +203,12 @@ class TrainStep:
         return TrainState(state.step + 1, params, frozen, opt_state), metrics
 
 
-def _balance(frozen, load: Float[Array, "L E"], rate: Float[Array, ""]):
+def _balance(frozen, load: Float[Array, "L E"], rate: float, keep: Bool[Array, ""]):
     """The routers' correction biases moved towards an even load: up by `rate` where an expert got
-    less than its share, down where more (arXiv:2408.15664)."""
+    less than its share, down where more (arXiv:2408.15664); where `keep` is false, not at all."""
     router = frozen["layers"]["mlp"]["router"]
-    bias = router["bias"] + rate * jnp.sign(1.0 / load.shape[-1] - load)
+    moved = router["bias"] + rate * jnp.sign(1.0 / load.shape[-1] - load)
+    bias = chosen(keep, moved, router["bias"])
     layers = frozen["layers"] | {
         "mlp": frozen["layers"]["mlp"] | {"router": router | {"bias": bias}}
     }
