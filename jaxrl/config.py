@@ -37,11 +37,13 @@ class OptimizerConfig:
         "adamw", "`muon`: layers' matrices, Adam for the rest."
     )
     learning_rate: float = option(1e-6, "Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "After warm-up: stay, or fall to 0 at `total_steps`."
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = option(
+        "constant", "After warm-up: stay, fall until `total_steps`, or stay and fall last (`wsd`)."
     )
     warmup_steps: int = option(0, "Steps over which the learning rate rises linearly from 0.")
-    total_steps: int = option(0, "Step at which `linear` and `cosine` reach 0; 0: the run's last.")
+    total_steps: int = option(0, "Step at which the learning rate has fallen; 0: the run's last.")
+    decay_steps: int = option(0, "`wsd`: how many of them it falls over, linearly; 0: a tenth.")
+    final_fraction: float = option(0.0, "What it falls to, as a fraction of `learning_rate`.")
     weight_decay: float = option(0.01, "Decoupled weight decay.")
     b1: float = option(0.9, "Decay of Adam's first moment.")
     b2: float = option(0.999, "Decay of Adam's second moment.")
@@ -51,11 +53,13 @@ class OptimizerConfig:
 
     def __post_init__(self):
         at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "b1", "b2", "eps")
-        at_least(self, 0, "momentum", "total_steps")
+        at_least(self, 0, "momentum", "total_steps", "decay_steps", "final_fraction")
         above(self, 0, "max_grad_norm")
         for name in ("b1", "b2", "momentum"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be below 1")
+        if self.final_fraction > 1:
+            raise ConfigError(f"final_fraction is {self.final_fraction}; it must be at most 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,21 +19,26 @@ FACTORED_FROM = 128
 
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Learning rate by the number of updates made: linear warm-up, then constant, or linear or
-    cosine decay to 0."""
-    lr, warmup = config.learning_rate, config.warmup_steps
-    if config.schedule in ("linear", "cosine") and not config.total_steps:
+    """Learning rate by the number of updates made, which steps without one do not count: linear
+    warm-up, then constant, or a linear or cosine decay to `final_fraction` of it, or constant with
+    a linear decay over the last `decay_steps`."""
+    lr, warmup, total = config.learning_rate, config.warmup_steps, config.total_steps
+    if config.schedule in ("linear", "cosine", "wsd") and not total:
         raise ValueError(f"schedule {config.schedule} needs total_steps, the step at which it ends")
-    decay = max(config.total_steps - warmup, 1)
+    decay, last = max(total - warmup, 1), lr * config.final_fraction
     match config.schedule:
         case "constant":
             after = optax.constant_schedule(lr)
         case "linear":
-            after = optax.linear_schedule(lr, 0.0, decay)
+            after = optax.linear_schedule(lr, last, decay)
         case "cosine":
-            after = optax.cosine_decay_schedule(lr, decay)
+            after = optax.cosine_decay_schedule(lr, decay, alpha=config.final_fraction)
+        case "wsd":  # arXiv:2404.06395
+            falls = min(config.decay_steps or -(-total // 10), decay)
+            parts = optax.constant_schedule(lr), optax.linear_schedule(lr, last, falls)
+            after = optax.join_schedules(parts, [decay - falls])
         case other:
-            raise ValueError(f"unknown schedule {other!r}; one of constant, linear, cosine")
+            raise ValueError(f"unknown schedule {other!r}; one of constant, linear, cosine, wsd")
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup])

@@ -28,12 +28,40 @@ from jaxrl.train.optimizer import (
         ("cosine", 0, {0: 1.0, 25: (1 + 0.5**0.5) / 2, 50: 0.5, 100: 0.0, 200: 0.0}),
         ("cosine", 20, {0: 0.0, 19: 0.95, 20: 1.0, 60: 0.5, 100: 0.0, 200: 0.0}),
         ("linear", 100, {0: 0.0, 50: 0.5, 100: 1.0, 101: 0.0}),  # nothing left to decay over
+        ("wsd", 0, {0: 1.0, 90: 1.0, 95: 0.5, 100: 0.0, 200: 0.0}),
+        ("wsd", 20, {0: 0.0, 10: 0.5, 20: 1.0, 90: 1.0, 95: 0.5, 100: 0.0}),
+        ("wsd", 95, {0: 0.0, 95: 1.0, 98: 0.4, 100: 0.0}),  # no room for a tenth
     ],
 )
 def test_schedule(name, warmup, expected):
     config = OptimizerConfig(
         learning_rate=0.25, schedule=name, warmup_steps=warmup, total_steps=100
     )
+    check_schedule(config, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("linear", {0: 0.0, 10: 1.0, 60: 0.6, 110: 0.2, 200: 0.2}),
+        ("cosine", {0: 0.0, 10: 1.0, 60: 0.6, 110: 0.2, 200: 0.2}),
+        ("wsd", {0: 0.0, 10: 1.0, 70: 1.0, 90: 0.6, 110: 0.2, 200: 0.2}),
+        ("constant", {0: 0.0, 10: 1.0, 200: 1.0}),
+    ],
+)
+def test_schedule_ends_at_a_fraction(name, expected):
+    config = OptimizerConfig(
+        learning_rate=0.25,
+        schedule=name,
+        warmup_steps=10,
+        total_steps=110,
+        decay_steps=40,
+        final_fraction=0.2,
+    )
+    check_schedule(config, expected)
+
+
+def check_schedule(config, expected):
     rate = schedule(config)
     for step, fraction in expected.items():
         np.testing.assert_allclose(rate(step), 0.25 * fraction, atol=1e-7, err_msg=str(step))
