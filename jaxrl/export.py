@@ -4,9 +4,10 @@ python -m jaxrl.export RUN_DIR OUT_DIR                    the newest checkpoint:
 python -m jaxrl.export RUN_DIR OUT_DIR --step 200
 python -m jaxrl.export RUN_DIR OUT_DIR --format adapter   of a LoRA run: a PEFT folder
 
-A LoRA run's adapters are merged into the weights unless the adapter itself is asked for. Tokenizer,
-chat template and generation settings are copied from the checkpoint that the run began with. Works
-on a CPU, whatever the run's devices were. Exit code: 0 written, 2 bad input.
+A LoRA run's adapters are merged into the weights unless the adapter itself is asked for. Generation
+settings, tokenizer and chat template are copied from the checkpoint that the run began with (the
+last two from where the run's options say, if they do). Works on the CPU, in host memory, whatever
+the run's devices were. Exit code: 0 written, 2 bad input or a disk that is full.
 """
 
 import argparse
@@ -31,20 +32,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="a new folder")
     parser.add_argument("--step", type=int, help="default the newest checkpoint")
     parser.add_argument("--format", choices=FORMATS, default="auto")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
+    parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16, of an adapter float32")
     args = parser.parse_args(argv[1:])
     if not args.run_dir.is_dir():
         raise ConfigError(f"no run in {args.run_dir}: it is no folder")
+    from jaxrl.models.hf_config import CheckpointError
     from jaxrl.train.exporting import export
 
     try:
         print(export(args.run_dir, args.out_dir, args.step, args.format, args.dtype))
-    except ConfigError:
-        raise
-    except ValueError as error:  # an OUT_DIR that is not empty, a checkpoint that is malformed
+    except CheckpointError as error:  # the run's base checkpoint is malformed
         raise ConfigError(str(error)) from error
     return 0
 
 
 if __name__ == "__main__":
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a GPU's memory may be too small, or in use
     cli.run(main)

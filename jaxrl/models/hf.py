@@ -4,7 +4,7 @@ import functools
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -37,14 +37,14 @@ __all__ = ["CheckpointError", "load_pretrained", "save_pretrained"]
 # Buffers that older versions of transformers saved; they follow from config.json.
 _HARMLESS = re.compile(r".*rotary_emb\.inv_freq$")
 # What else makes a checkpoint folder usable, copied along from where the model came from.
-_COMPANIONS = (
+_GENERATION = ("generation_config.json",)
+_TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template*",
-    "generation_config.json",
 )
 
 
@@ -102,13 +102,17 @@ def save_pretrained(
     path: str | Path,
     *,
     source: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype=None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write `model` as a Hugging Face checkpoint folder that transformers 4 and 5 load.
 
-    Parameters keep their dtype; each expert's matrices become tensors of their own. source: the
-    folder the model came from; its tokenizer, chat template and generation settings are copied
-    along and its special token ids kept. The folder appears under its name only when complete.
+    Each expert's matrices become tensors of their own. dtype: what the parameters are written in
+    (routers in fp32), default their own; cast one by one, as they are written. source: the folder
+    the model came from; its tokenizer, chat template and generation settings are copied along and
+    its special token ids kept. tokenizer: a folder whose tokenizer and chat template are copied in
+    place of those. The folder appears under its name only when complete.
 
     Raises `ValueError` where `path` exists and is not empty, and for a model that has LoRA
     adapters, no values yet, or parameters on other processes' devices.
@@ -134,14 +138,19 @@ def save_pretrained(
         raw = read_json(Path(source) / "config.json")
         token_ids = {key: raw.get(key) for key in TOKEN_IDS}
     with new_folder(path) as folder:
-        dtype = values[("embed",)].dtype
-        write_json(folder / "config.json", config_json(model.config, dtype, token_ids))
-        write_tensors(folder, list(_pending(declared, values)), max_shard_bytes)
-        if source is not None:
-            for pattern in _COMPANIONS:
-                for file in Path(source).glob(pattern):
-                    if file.is_file():
-                        shutil.copyfile(file, folder / file.name)
+        shown = values[("embed",)].dtype if dtype is None else jnp.dtype(dtype)
+        write_json(folder / "config.json", config_json(model.config, shown, token_ids))
+        write_tensors(folder, list(_pending(declared, values, dtype)), max_shard_bytes)
+        for origin, patterns in ((source, _GENERATION), (tokenizer or source, _TOKENIZER)):
+            if origin is not None:
+                _copy(Path(origin), patterns, folder)
+
+
+def _copy(source: Path, patterns: Sequence[str], folder: Path) -> None:
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def hf_names(spec: ParamSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -214,11 +223,11 @@ def _read_parameter(spec: ParamSpec, stored: Mapping[str, Stored], dtype, shardi
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, parts, dtype=dtype)
 
 
-def _pending(declared: Mapping, values: Mapping) -> Iterator[Pending]:
+def _pending(declared: Mapping, values: Mapping, dtype) -> Iterator[Pending]:
     """The tensors to write, layer by layer, each fetched from its devices when it is due."""
 
-    def tensor(value, index, transposed):
-        host = _fetch(value, index)
+    def tensor(value, index, transposed, held):
+        host = _fetch(value, index).astype(held, copy=False)
         return host.swapaxes(-1, -2) if transposed else host
 
     rows = [
@@ -228,8 +237,9 @@ def _pending(declared: Mapping, values: Mapping) -> Iterator[Pending]:
     ]
     for _, name, parameter, index in sorted(rows, key=lambda row: row[0]):
         value, spec = values[parameter], declared[parameter]
-        nbytes = value.nbytes // math.prod(spec.shape[: len(index)])
-        make = functools.partial(tensor, value, index, spec.hf_transposed)
+        held = value.dtype if dtype is None else spec.dtype(dtype)
+        nbytes = held.itemsize * math.prod(spec.shape[len(index) :])
+        make = functools.partial(tensor, value, index, spec.hf_transposed, held)
         yield Pending(name, nbytes, make)
 
 

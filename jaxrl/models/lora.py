@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxrl.models.layers import Linear
 from jaxrl.models.moe import ExpertLinear
-from jaxrl.models.params import Path, nest
+from jaxrl.models.params import Path
 from jaxrl.models.transformer import Transformer
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -54,24 +54,30 @@ def adapted(model: Transformer) -> dict[Path, float]:
     }
 
 
-def merge_lora(model: Transformer) -> Transformer:
-    """The same model without adapters, each kernel W + (alpha / R) A B, added up in fp32 and held
-    in the kernel's dtype; other arrays are the given model's own, a kernel is replaced by its sum
-    one at a time. Raises ValueError where the model has no values."""
-    values = {tuple(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(nnx.state(model))}
-    if not all(isinstance(value, jax.Array) for value in values.values()):
-        raise ValueError("the model has no values; initialize or load it before merging")
+def merge_lora(model: Transformer, dtype=None) -> Transformer:
+    """Make each adapted kernel W + (alpha / R) A B, in place, and drop the adapters; returns the
+    model.
 
-    @functools.partial(jax.jit, static_argnums=3)
-    def merged(kernel, a, b, scale: float):
+    The sum is made in fp32 and held in `dtype`, by default the kernel's own. One kernel is replaced
+    at a time, so no more than one is there twice. Raises ValueError where the model has no values.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(3, 4))
+    def merged(kernel, a, b, scale: float, dtype):
         wide = (x.astype(jnp.float32) for x in (a, b))
         update = jnp.matmul(*wide, precision=jax.lax.Precision.HIGHEST)
-        return (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
+        return (kernel.astype(jnp.float32) + scale * update).astype(dtype)
 
-    for path, scale in adapted(model).items():
-        a, b = (values.pop((*path, name)) for name in ("lora_a", "lora_b"))
-        values[*path, "kernel"] = merged(values[*path, "kernel"], a, b, scale)
-    plain = Transformer(
-        model.config, attention=model.attention, grouped_matmul=model.grouped_matmul
-    )
-    return nnx.merge(nnx.graphdef(plain), nest(values))
+    for _, linear in list(nnx.iter_modules(model)):
+        if not isinstance(linear, (Linear, ExpertLinear)):
+            continue
+        if linear.lora_a is None or linear.lora_b is None:
+            continue
+        kernel, *adapters = (v.get_value() for v in (linear.kernel, linear.lora_a, linear.lora_b))
+        if not isinstance(kernel, jax.Array):
+            raise ValueError("the model has no values; initialize or load it before merging")
+        held = jnp.dtype(kernel.dtype if dtype is None else dtype)
+        linear.kernel.set_value(merged(kernel, *adapters, linear.lora_scale, held))
+        linear.lora_a = linear.lora_b = None
+        linear.lora_scale = 1.0
+    return model

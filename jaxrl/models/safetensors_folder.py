@@ -153,14 +153,17 @@ def _read(f, stored: Stored, part: Sequence[slice]) -> np.ndarray:
     return f.get_slice(stored.tensor)[stored.expert, rows, *part[1:]]
 
 
+def check_new(path: Path) -> None:
+    """Raises ValueError for a `path` that already holds something: nothing is ever overwritten."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} already exists and is not an empty folder; name a new one")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `path` at the end, or is removed if an error comes first.
-
-    A `path` that already holds something is a `ValueError`: nothing is ever overwritten.
-    """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} already exists and is not an empty folder; name a new one")
+    Raises ValueError as `check_new`."""
+    check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     partial.mkdir()

@@ -1,17 +1,22 @@
-"""From a run's checkpoint to a Hugging Face folder or a PEFT adapter, on one device."""
+"""From a run's checkpoint to a Hugging Face folder or a PEFT adapter, on the CPU."""
 
+import contextlib
 import dataclasses
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from safetensors import SafetensorError
 
+from jaxrl.cli import OutputError
+from jaxrl.data.tokenizer import load_tokenizer
 from jaxrl.models.hf import save_pretrained
 from jaxrl.models.hf_config import read_config
 from jaxrl.models.lora import merge_lora
-from jaxrl.models.params import nest, specs
 from jaxrl.models.peft import save_adapter
+from jaxrl.models.safetensors_folder import check_new
 from jaxrl.models.transformer import Transformer, merge_trees
 from jaxrl.options import ConfigError, from_config
 from jaxrl.sft_config import MeshConfig, SftConfig, SftTrainConfig
@@ -20,14 +25,19 @@ from jaxrl.train.pretrained import completed, kept
 from jaxrl.train.program import sft_program
 
 
-def export(run: Path, out: Path, step: int | None, form: str, dtype: str) -> str:
+def export(run: Path, out: Path, step: int | None, form: str, dtype: str | None) -> str:
     """Write the checkpoint of `step` (None: the newest) of a run to the new folder `out`; returns
     what was written, in a line.
 
-    form: "auto" and "merged" are the model, a LoRA run's with its adapters merged, in `dtype`;
-    "adapter" is a LoRA run's PEFT folder. Raises ConfigError where the run has no such checkpoint,
-    its base checkpoint has gone, or it has no adapter; ValueError where `out` is not empty.
+    form: "auto" and "merged" are the model, a LoRA run's with its adapters merged; "adapter" is a
+    LoRA run's PEFT folder. dtype: default bfloat16 for a model, float32 for an adapter. Raises
+    ConfigError where the run has no such checkpoint, its base checkpoint has gone, it has no
+    adapter, or `out` is not empty; OutputError where `out` cannot be written.
     """
+    try:
+        check_new(out)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         _, extra = checkpoints.extra(step)
         config, base = from_config(SftConfig, extra["config"]), Path(extra["model_folder"])
@@ -42,26 +52,26 @@ def export(run: Path, out: Path, step: int | None, form: str, dtype: str) -> str
     said = "".join(f"step {n} cannot be used: {reason}\n" for n, reason in restored.skipped)
     said += f"step {restored.step} of {run} written to {out}: "
     if form == "adapter":
-        save_adapter(model, out, base=config.model)
-        shape = model.config
-        # Seen with PEFT 0.21, which takes every "gate_proj" for the experts'.
-        mixed = shape.num_experts and (shape.first_k_dense or shape.num_shared_experts)
-        note = "; PEFT itself does not read all of it for this architecture" if mixed else ""
-        return f"{said}a PEFT adapter of {config.model}{note}"
+        # As it may be found from elsewhere: a name on the hub, or a whole path.
+        name = base if Path(config.model).is_dir() else config.model
+        with _told(out):
+            save_adapter(model, out, base=name, dtype=dtype or "float32")
+        return f"{said}a PEFT adapter of {name}, {dtype or 'float32'}"
     if config.lora_rank:
         model = merge_lora(model)
-    save_pretrained(as_dtype(model, jnp.dtype(dtype)), out, source=base)
-    return f"{said}a Hugging Face folder, {dtype}"
+    with _tokenizer(config, base) as tokenizer, _told(out):
+        save_pretrained(model, out, source=base, tokenizer=tokenizer, dtype=dtype or "bfloat16")
+    return f"{said}a Hugging Face folder, {dtype or 'bfloat16'}"
 
 
 def trained_model(
     checkpoints: Checkpoints, config: SftConfig, base: Path, step: int | None
 ) -> tuple[Restored, Transformer]:
-    """The run's model with the checkpoint's values, adapters and all, on the default device."""
+    """The run's model with the checkpoint's values, adapters and all, in fp32 in host memory."""
     one = dataclasses.replace(
         config, mesh=MeshConfig(), rows_per_device=1, train=SftTrainConfig(compute_dtype="float32")
     )
-    layout = sft_program(one, read_config(base), jax.devices()[:1]).layout
+    layout = sft_program(one, read_config(base), jax.devices("cpu")[:1]).layout
     abstract = dataclasses.replace(kept(layout, layout.abstract()), opt_state=None)
     restored = checkpoints.restore_params(abstract, step)
     assert restored is not None  # its manifest was read
@@ -70,13 +80,24 @@ def trained_model(
     return restored, model
 
 
-def as_dtype(model: Transformer, dtype: jnp.dtype) -> Transformer:
-    """The model with its parameters in `dtype`, what belongs in fp32 (routers) left."""
-    declared = specs(model)
-    values = {
-        path: variable.get_value().astype(declared[path].dtype(dtype))
-        for path, variable in (
-            (tuple(map(str, p)), v) for p, v in nnx.to_flat_state(nnx.state(model))
-        )
-    }
-    return nnx.merge(nnx.graphdef(model), nest(values))
+@contextlib.contextmanager
+def _tokenizer(config: SftConfig, base: Path) -> Iterator[Path | None]:
+    """A folder with the tokenizer and the chat template that the run's data was written with, where
+    they are not those of its base checkpoint."""
+    if not config.tokenizer and not config.data.chat_template:
+        yield None
+        return
+    vocab_size = read_config(base).vocab_size
+    used = load_tokenizer(config.tokenizer or base, vocab_size, config.data.chat_template)
+    with tempfile.TemporaryDirectory() as folder:
+        used.hf.save_pretrained(folder)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """What the operating system refuses, in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{out} cannot be written: {error}; nothing was left there") from error

@@ -9,9 +9,9 @@ takes an environment of its own (Python 3.11):
 Each case is a folder: a tiny random checkpoint (config.json, model.safetensors) and
 golden.safetensors with `tokens` and `labels` [B, T], `logits` [B, T, V] of the tokens, and
 `grad.<tensor name>`, the gradient of the mean cross-entropy of `labels`; the names are those in
-model.safetensors, one per expert. Some have an adapter/ besides, random LoRA of PEFT's format, and
-adapter.safetensors: the `logits` of the same tokens that PEFT makes of it. What exists is left as
-it is.
+model.safetensors, one per expert. Some have an adapter/ besides: random LoRA in PEFT's format, and
+its own golden.safetensors, the `logits` of the same tokens that PEFT makes of it. What exists is
+left as it is.
 
 With SMOLLM2_DIR (made by `python -m jaxrl.models.smollm2 SMOLLM2_DIR`) it also writes
 smollm2_greedy.json: the model's greedy continuations of chat prompts.
@@ -87,13 +87,19 @@ CASES = {
     "glm4_moe": Glm4MoeConfig(**SMALL_GLM, attention_bias=True),
     "glm4_moe_qk_norm": Glm4MoeConfig(**SMALL_GLM, use_qk_norm=True),
 }
-# Of models whose dense layers stand beside experts (GLM-4.5), PEFT 0.21 leaves the dense layers'
-# adapters out.
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTED = {
-    "qwen3_tied": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "qwen3_tied": ALL,
     "llama_bias": ("q_proj", "v_proj"),
-    "qwen3_moe": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "qwen3_moe": ALL,
+    "glm4_moe": ALL,
 }
+# PEFT 0.21 looks for the adapters of these names in GLM-4.5's experts only.
+BESIDE_EXPERTS = [
+    f"mlp.{module}{name}.weight"
+    for module in ("", "shared_experts.")
+    for name in ("down_proj", "gate_proj", "up_proj")
+]
 RANK, ALPHA = 3, 12
 PROMPTS = (
     "What is the capital of France?",
@@ -200,6 +206,8 @@ def write_adapter(name: str, targets: tuple[str, ...], seed: int) -> None:
         "lora_alpha": ALPHA,
         "target_modules": sorted(targets),
     }
+    if name == "glm4_moe":
+        config["target_parameters"] = sorted(BESIDE_EXPERTS)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokens = load_file(HERE / name / "golden.safetensors")["tokens"].long()
     base = AutoModelForCausalLM.from_pretrained(
@@ -209,7 +217,7 @@ def write_adapter(name: str, targets: tuple[str, ...], seed: int) -> None:
         plain = base(tokens).logits
         logits = PeftModel.from_pretrained(base, str(folder))(tokens).logits
     assert (logits - plain).abs().max() > 1.0, f"{name}: the adapter does nothing"
-    save_file({"logits": logits.contiguous()}, HERE / name / "adapter.safetensors")
+    save_file({"logits": logits.contiguous()}, folder / "golden.safetensors")
 
 
 def write_smollm2(folder: str) -> None:
