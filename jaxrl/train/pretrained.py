@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrl.models.hf import load_pretrained
+from jaxrl.models.hf_config import CheckpointError, read_config
 from jaxrl.models.params import Buffer, initial_value, nest, specs
 from jaxrl.models.transformer import merge_trees
 from jaxrl.options import ConfigError
@@ -46,7 +47,8 @@ def load_state(layout: StateLayout, folder: str | Path, key: jax.Array) -> Train
 
     Full fine-tuning: its weights as fp32 masters. LoRA: its weights frozen, in the layout's
     `frozen_dtype`, and fresh adapters drawn from `key`. Every array is made where it will live, one
-    parameter's part at a time. Raises `CheckpointError` as `load_pretrained` does.
+    parameter's part at a time. Raises `CheckpointError` as `load_pretrained` does, and for a folder
+    with another model than the layout's.
     """
     abstract, values = layout.abstract(), _base(layout, folder)
     adapters = {p: s for p, s in layout.trainable_specs.items() if p not in values}
@@ -91,6 +93,13 @@ def completed(layout: StateLayout, state: TrainState, folder: str | Path) -> Tra
 
 def _base(layout: StateLayout, folder: str | Path) -> dict[tuple[str, ...], jax.Array]:
     """The folder's weights by path, in the layout's places and dtypes."""
+    there, here = (dataclasses.asdict(c) for c in (read_config(folder), layout.model.config))
+    for key in there.keys() - {"name"}:
+        if there[key] != here[key]:
+            raise CheckpointError(
+                f"{folder} holds another model than the run's: {key} is {there[key]}, and not "
+                f"{here[key]}"
+            )
     abstract = layout.abstract()
     places = merge_trees(abstract.params, abstract.frozen)
     base = [path for path, spec in specs(layout.model).items() if spec.hf is not None]
