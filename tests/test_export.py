@@ -3,22 +3,22 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from tiny_run import tiny_checkpoint, write_chats, write_config
+from safetensors.numpy import load_file
+from tiny_run import CHATML, tiny_checkpoint, write_chats, write_config
 
+from jaxrl.cli import OutputError
 from jaxrl.export import main
 from jaxrl.models.hf import load_pretrained
-from jaxrl.models.lora import LoraConfig, add_lora
-from jaxrl.models.params import nest
 from jaxrl.models.peft import load_adapter
-from jaxrl.models.transformer import Transformer, initialize
 from jaxrl.options import ConfigError
 from jaxrl.sft import main as sft
+from jaxrl.train.manifest import read_manifest
 
 TOKENS = jnp.arange(40).reshape(2, 20) % 250
 
@@ -78,9 +78,7 @@ def test_lora_run_becomes_a_merged_model_and_an_adapter_of_the_same_logits(input
     assert export(lora, tmp_path / "merged", "--dtype", "float32") == 0
     assert export(lora, tmp_path / "adapter", "--format", "adapter") == 0
     base = load_pretrained(inputs / "model", dtype=jnp.float32)
-    fresh = initialize(add_lora(Transformer(base.config), LoraConfig(rank=4)), jax.random.key(1))
-    model = with_values_of(fresh, base)
-    adapted = load_adapter(model, tmp_path / "adapter")
+    adapted = load_adapter(base, tmp_path / "adapter")
     found = np.asarray(adapted(TOKENS))
     assert np.max(np.abs(found - logits(inputs / "model"))) > 1e-2
     np.testing.assert_allclose(found, logits(tmp_path / "merged"), atol=1e-5)
@@ -89,21 +87,43 @@ def test_lora_run_becomes_a_merged_model_and_an_adapter_of_the_same_logits(input
     assert config["base_model_name_or_path"] == str(inputs / "model")
 
 
-def with_values_of(model: Transformer, base: Transformer) -> Transformer:
-    values = {
-        tuple(map(str, path)): variable.get_value()
-        for one in (model, base)
-        for path, variable in nnx.to_flat_state(nnx.state(one))
-    }
-    return nnx.merge(nnx.graphdef(model), nest(values))
+def adapter_dtypes(folder) -> set:
+    return {value.dtype for value in load_file(folder / "adapter_model.safetensors").values()}
 
 
-def test_a_lora_checkpoint_holds_no_base(full, lora):
-    def size(run):
-        files = (run / "checkpoints/00000002").rglob("*")
-        return sum(file.stat().st_size for file in files if file.is_file())
+def test_dtype_is_that_of_the_adapter_too_where_it_is_asked_for(lora, tmp_path):
+    assert export(lora, tmp_path / "default", "--format", "adapter") == 0
+    assert export(lora, tmp_path / "low", "--format", "adapter", "--dtype", "bfloat16") == 0
+    assert adapter_dtypes(tmp_path / "default") == {np.dtype(np.float32)}
+    assert adapter_dtypes(tmp_path / "low") == {np.dtype(jnp.bfloat16)}
 
-    assert size(lora) < size(full) / 2
+
+def test_template_and_tokenizer_are_those_that_the_data_was_written_with(inputs, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML + "{# of this run #}")
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for file in (inputs / "model").glob("tokenizer*"):
+        text = file.read_text().replace('"<|endoftext|>"', '"<|end|>"')
+        (tokenizer / file.name).write_text(text)
+    flags = ("max_steps=1", f"data.chat_template={template}", f"tokenizer={tokenizer}")
+    run = trained(inputs, tmp_path / "run", *flags)
+    assert export(run, tmp_path / "out") == 0
+    from transformers import AutoTokenizer
+
+    found, base = (AutoTokenizer.from_pretrained(f) for f in (tmp_path / "out", inputs / "model"))
+    assert found.chat_template == template.read_text()
+    assert found.pad_token == "<|end|>"
+    assert base.chat_template == CHATML
+    name = "generation_config.json"
+    assert (tmp_path / "out" / name).read_bytes() == (inputs / "model" / name).read_bytes()
+
+
+def test_a_lora_checkpoint_holds_no_base(lora):
+    manifest = read_manifest(lora / "checkpoints/00000002")
+    held = [path.split("/") for path in manifest["arrays"]]
+    assert {path[0] for path in held} == {"step", "params", "opt_state"}
+    assert {path[-1] for path in held if path[0] == "params"} == {"lora_a", "lora_b"}
 
 
 @pytest.mark.parametrize(
@@ -126,9 +146,36 @@ def test_folders_that_are_not_what_is_needed(inputs, full, tmp_path):
         export(inputs, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"already exists and is not an empty folder"):
         export(full, inputs)
+    with pytest.raises(OutputError, match=r"train.jsonl/out cannot be written: .*File exists"):
+        export(full, inputs / "train.jsonl" / "out")
     moved = tmp_path / "moved"
     shutil.copytree(inputs, moved)
     run = trained(moved, tmp_path / "other" / "run")
     shutil.rmtree(moved)
     with pytest.raises(ConfigError, match=r"the checkpoint that the run began with, .*, has gone"):
         export(run, tmp_path / "out")
+
+
+def test_the_command_ends_with_one_line_and_its_exit_code(inputs, full, tmp_path):
+    def command(*args, blocks="unlimited"):
+        limited = ["sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh"]
+        line = [*limited, sys.executable, "-m", "jaxrl.export", *map(str, args)]
+        return subprocess.run(line, capture_output=True, text=True, check=False)
+
+    done = command(full, tmp_path / "out", "--step", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"step 1 of {full} written to {tmp_path / 'out'}: " + (
+        "a Hugging Face folder, bfloat16\n"
+    )
+    again = command(full, tmp_path / "out")
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr == (
+        f"error: {tmp_path / 'out'} already exists and is not an empty folder; name a new one\n"
+    )
+    assert command(full, tmp_path / "new", "--format", "gguf").returncode == 2
+
+    full_disk = command(full, tmp_path / "new", blocks=20)  # as a full disk, for this file alone
+    assert full_disk.returncode == 2
+    assert full_disk.stderr.startswith(f"error: {tmp_path / 'new'} cannot be written: ")
+    assert full_disk.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

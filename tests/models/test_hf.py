@@ -196,6 +196,17 @@ def test_source_carries_tokenizer_files_and_token_ids_along(tmp_path):
     assert (tmp_path / "out/generation_config.json").is_file()
 
 
+def test_tensors_are_cast_as_they_are_written_routers_are_not(tmp_path):
+    model = load_pretrained(GOLDEN / "glm4_moe", dtype=jnp.float32)
+    save_pretrained(model, tmp_path / "out", dtype=jnp.bfloat16)
+    before = load_file(GOLDEN / "glm4_moe/model.safetensors")
+    for name, value in load_file(tmp_path / "out/model.safetensors").items():
+        dtype = jnp.float32 if ".mlp.gate." in name else jnp.bfloat16
+        assert value.dtype == dtype, name
+        np.testing.assert_array_equal(value, before[name].astype(dtype))
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_shardings_place_each_parameter():
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="unpinned_host")
     model = Transformer(read_config(GOLDEN / "qwen3_tied"))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from tiny import TINY, TINY_GLM, TINY_MOE
 
-from jaxrl.models.lora import TARGETS, LoraConfig, add_lora
+from jaxrl.models.lora import TARGETS, LoraConfig, adapted, add_lora, merge_lora
 from jaxrl.models.params import nest, specs
 from jaxrl.models.transformer import Transformer
 from jaxrl.perf.flops import lora_params
@@ -105,6 +105,54 @@ def test_adapters_equal_their_sum_with_the_weight(config, lora):
     expected = logits(plain)
     assert np.max(np.abs(logits(filled(abstract(config))[0]) - expected)) > 1e-2
     np.testing.assert_allclose(logits(model), expected, atol=1e-5 * np.max(np.abs(expected)))
+
+
+def held(model):
+    return {tuple(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.mark.parametrize(
+    ("config", "lora"),
+    [(MODEL, SOME), (TINY_MOE, SOME), (TINY_GLM, {"rank": 4})],
+)
+def test_merging_leaves_the_base_model_with_the_sums(config, lora):
+    """In place: the adapters are gone, other arrays are the ones that were there."""
+    model, values = filled(abstract(config, **lora), b=0.1)
+    scales, before = adapted(model), held(model)
+    assert merge_lora(model) is model
+    assert not adapted(model)
+    assert nnx.graphdef(model) == nnx.graphdef(abstract(config))
+    after, expected = held(model), merge(values, lora.get("alpha", 32.0) / lora["rank"])
+    assert after.keys() == expected.keys()
+    for path, value in expected.items():
+        if path[:-1] in scales and path[-1] == "kernel":
+            assert np.any(np.asarray(after[path]) != np.asarray(before[path]))
+            np.testing.assert_allclose(np.asarray(after[path]), np.asarray(value), atol=1e-6)
+        else:
+            assert after[path] is before[path]
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+def test_sums_are_made_in_fp32_and_rounded_once(dtype):
+    """Of a bf16 base: an update below its resolution counts as far as the result can hold it."""
+    model, values = filled(abstract(TINY_MOE, **SOME), b=1e-3)
+    path = ("layers", "mlp", "experts", "up", "kernel")
+    a, b = (np.asarray(values[*path[:-1], f"lora_{x}"], np.float64) for x in "ab")
+    w = values[path].astype(jnp.bfloat16)
+    graphdef, _ = nnx.split(model)
+    low = {p: v if p[-1].startswith("lora") else v.astype(jnp.bfloat16) for p, v in values.items()}
+    merged = held(merge_lora(nnx.merge(graphdef, nest(low)), dtype))
+    exact = np.asarray(w, np.float64) + 3.0 * a @ b
+    found = np.asarray(merged[path])
+    assert found.dtype == (dtype or jnp.bfloat16)
+    resolution = 2.0 ** (-23 if dtype else -8)
+    np.testing.assert_allclose(found.astype(np.float64), exact, rtol=resolution, atol=1e-9)
+    assert merged["layers", "mlp", "experts", "down", "kernel"].dtype == jnp.bfloat16
+
+
+def test_an_abstract_model_is_not_merged():
+    with pytest.raises(ValueError, match="no values; initialize or load it before merging"):
+        merge_lora(abstract(rank=4))
 
 
 def test_every_expert_has_adapters_of_its_own():
