@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxrl.config import OptimizerConfig
 from jaxrl.train.guarded import adam, guarded, momentum, nothing_unless_kept
@@ -139,8 +140,11 @@ def orthogonalized(dtype: Any) -> optax.GradientTransformation:
         # In place: what `jax.lax.map` would write its results to begins as zeros, which would be
         # one array with the gradients' accumulator's, in memory from the step's beginning.
         def body(i, stack):
+            # As they lie: or the layout that products would like turns the stacks, all layers.
+            rows = Layout(tuple(range(stack.ndim - 1)))
             here = jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
-            return jax.lax.dynamic_update_index_in_dim(stack, layer(here), i, 0)
+            turned = with_layout_constraint(layer(with_layout_constraint(here, rows)), rows)
+            return jax.lax.dynamic_update_index_in_dim(stack, turned, i, 0)
 
         return jax.lax.fori_loop(0, stack.shape[0], body, stack)
 
