@@ -111,6 +111,8 @@ def os_reason(error: BaseException | None) -> str | None:
 def _quiet() -> Iterator[None]:
     """Leaves out what Orbax and tensorstore print of errors that are raised, too: traces of each
     thread that met one, and of each later one, which finds nobody waiting."""
+    # For good: asyncio speaks when the task is deleted, which may be after the last checkpoint.
+    logging.getLogger("asyncio").addFilter(_keep_task)
 
     def keep(record: logging.LogRecord) -> bool:
         return not (record.exc_info and "orbax" in record.pathname)
@@ -127,3 +129,9 @@ def _quiet() -> Iterator[None]:
     finally:
         sys.unraisablehook = before
         log.removeFilter(keep)
+
+
+def _keep_task(record: logging.LogRecord) -> bool:
+    """False: of several writes of Orbax's that failed, one that it did not look at."""
+    said = record.getMessage()
+    return not ("exception was never retrieved" in said and "orbax" in said)
