@@ -14,8 +14,8 @@ from jaxrl.trackers import Tracker
 class Monitor:
     """Appends scalars to `FOLDER/metrics.jsonl`, TensorBoard files in `FOLDER`, and `trackers`.
 
-    resumed_at: of a run that goes on from a checkpoint, its step: what was written of later steps,
-    which will be trained again, is dropped.
+    resumed_at: of a run that goes on from a checkpoint, its step, or -1 of a new one: what was
+    written of later steps, which will be trained again, is dropped. None: nothing is.
     Use as a context manager. Raises OSError where the folder cannot be written.
     """
 

@@ -100,8 +100,9 @@ def train(config: SftConfig) -> int:
             keep_every=config.checkpoint.keep_every,
         )
         stack.enter_context(checkpoints)
-        said = [describe(program, samples, total)]
+        said = [describe(config, program, samples, total)]
         restored = resume(config, checkpoints, program.layout, stream, said.append)
+        fresh = restored is None
         if restored is None:
             state = load_state(program.layout, folder, jax.random.key(config.seed))
             restored = Restored(0, state, {})
@@ -125,7 +126,9 @@ def train(config: SftConfig) -> int:
             if held_out is not None
             else None,
             checkpoints=checkpoints,
-            monitor=stack.enter_context(open_monitor(config, output, restored.step)),
+            monitor=stack.enter_context(
+                open_monitor(config, output, -1 if fresh else restored.step)
+            ),
             console=stack.enter_context(console),
             meter=make_meter(config, program),
             source={
@@ -140,8 +143,9 @@ def train(config: SftConfig) -> int:
 
 
 def fit(run: Run, state: TrainState, step: int) -> int:
-    """The loop, from `step` on; returns the exit code. The last state is saved."""
-    config, done = run.config, None
+    """The loop, from `step` on; returns the exit code. The last state is saved, and validated
+    unless the run was stopped or gave up."""
+    config, done, stopped = run.config, None, False
     saved, profiles = step, pathlib.Path(config.output) / "profile"
     if step == 0 and run.held_out is not None:
         values = validate(run, state)
@@ -153,19 +157,10 @@ def fit(run: Run, state: TrainState, step: int) -> int:
         jax.transfer_guard("disallow"),
     ):
         run.clock = time.perf_counter()
-        while not any_process(stop.requested) and (step < config.max_steps or not config.max_steps):
-            began, place = time.perf_counter(), run.stream.get_state()
-            try:
-                batch = next(run.stream, None)
-            except ConfigError:  # a sample that cannot be used: nothing before it is lost
-                if done is not None:
-                    finish(run, done)
-                if step != saved:
-                    save(run, state, step, place)
-                raise
-            if batch is None:  # all epochs are through
-                break
-            waited, step = time.perf_counter() - began, step + 1
+        place = run.stream.get_state()
+        batch, waited = following(run, step)
+        while batch is not None:
+            step, place = step + 1, run.stream.get_state()
             profile.before(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = run.program.step(state, device_batch(run.program, batch))
@@ -173,24 +168,49 @@ def fit(run: Run, state: TrainState, step: int) -> int:
             last, done = done, Pending(step, metrics, batch, waited)
             if last is not None:
                 finish(run, last)
-            evaluate, keep = (
-                every > 0 and step % every == 0
-                for every in (config.eval_every, config.checkpoint.every)
-            )
+            if gave_up(run):
+                break
+            stopped = any_process(stop.requested)
+            try:
+                batch, waited = following(run, step, stopped)
+            except ConfigError:  # a sample that cannot be used: nothing before it is lost
+                finish(run, done)
+                save(run, state, step, place)
+                raise
+            ends = batch is None
+            keep = ends or _due(config.checkpoint.every, step)
+            evaluate = not stopped and (ends or _due(config.eval_every, step))
             if evaluate or keep or profile.ends(step):
                 finish(run, done, state if evaluate else None)
                 done = None
-            if run.bad_in_a_row >= config.max_bad_steps:
+            if gave_up(run):
                 break
             if keep:
-                save(run, state, saved := step)
+                save(run, state, saved := step, place)
             profile.after(step)
         if done is not None:
-            finish(run, done, None if stop.requested else state)
+            finish(run, done)
         if step != saved:
-            save(run, state, step)
+            save(run, state, step, place)
         run.checkpoints.wait()
-    return report(run, step, stop.requested)
+    return report(run, step, stopped)
+
+
+def following(run: Run, step: int, stopped: bool = False) -> tuple[GlobalBatch | None, float]:
+    """The batch of the step behind `step`, None where the run ends, and seconds waited for it."""
+    if stopped or step == run.config.max_steps > 0:
+        return None, 0.0
+    began = time.perf_counter()
+    batch = next(run.stream, None)  # None: all epochs are through
+    return batch, time.perf_counter() - began
+
+
+def gave_up(run: Run) -> bool:
+    return run.bad_in_a_row >= run.config.max_bad_steps
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def finish(run: Run, done: Pending, state: TrainState | None = None) -> None:
@@ -240,13 +260,11 @@ def validate(run: Run, state: TrainState) -> dict[str, float]:
     return {"eval_loss": total["loss"] / total["tokens"], "eval_tokens": total["tokens"]}
 
 
-def save(run: Run, state: TrainState, step: int, place: Any = None) -> None:
-    """Begin to write a checkpoint of `step`, which all metrics were told of; `place` in the data,
-    if it is not where the stream is."""
-    extra = {"data": place or run.stream.get_state(), "counts": dict(run.counts)}
-    with jax.transfer_guard("allow"):  # Orbax's own
-        held = kept(run.program.layout, state)
-        run.checkpoints.save(step, held, {**run.source, **extra})
+def save(run: Run, state: TrainState, step: int, place: Any) -> None:
+    """Begin to write a checkpoint of `step`, which all metrics were told of; `place`: in the data,
+    behind its batch."""
+    held, extra = kept(run.program.layout, state), {"data": place, "counts": dict(run.counts)}
+    run.checkpoints.save(step, held, {**run.source, **extra})
 
 
 def device_batch(program: Program, batch: GlobalBatch) -> Batch:
@@ -274,7 +292,7 @@ def report(run: Run, step: int, stopped: bool) -> int:
     say, output = run.console.say, run.config.output
     counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in run.counts.items() if n)
     say(f"data so far: {counts or 'nothing'}")
-    if run.bad_in_a_row >= run.config.max_bad_steps:
+    if gave_up(run):
         folder = write_aside(run)
         say(
             f"gave up at step {step}: {run.bad_in_a_row} gradients in a row were not finite. Their "
@@ -304,12 +322,13 @@ def write_aside(run: Run) -> pathlib.Path:
     return folder
 
 
-def describe(program: Program, samples: Samples, total: int | None) -> str:
+def describe(config: SftConfig, program: Program, samples: Samples, total: int | None) -> str:
     """The run in one line."""
     mesh = program.layout.mesh
     axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     learn = sum(s.size for s in program.layout.trainable_specs.values())
-    steps = f"about {total:,} steps" if total else "steps without end"
+    about = "about " if not config.max_steps else "at most " if config.epochs else ""
+    steps = f"{about}{total:,} steps" if total else "steps without end"
     return (
         f"{program.layout.model.config.name}: {learn:,} trained parameters on {mesh.size} "
         f"{mesh.devices.flat[0].device_kind} ({axes}); {len(samples):,} samples, {steps} of "

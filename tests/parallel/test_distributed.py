@@ -5,7 +5,6 @@ Run as a script, this file is one of the two: it trains and, as process 0, write
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import types
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from processes import ROOT, explicit, outputs, start
 from tiny import relative_error, tiny_batch, tiny_program
 
 from jaxrl.config import ConfigError, OptimizerConfig
@@ -22,7 +22,6 @@ from jaxrl.parallel import distributed
 from jaxrl.parallel.distributed import Processes, first_host, from_environment
 from jaxrl.parallel.mesh import make_mesh
 
-ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 2
 SLURM = {
     "SLURM_JOB_ID": "4097",
@@ -33,11 +32,6 @@ SLURM = {
     "SLURM_PROCID": "3",
     "SLURM_LOCALID": "0",
 }
-
-
-def explicit(address="node0:1234", count="2", index="1") -> dict[str, str]:
-    values = zip(distributed.VARIABLES, (address, count, index), strict=True)
-    return {name: value for name, value in values if value is not None}
 
 
 @pytest.mark.parametrize(
@@ -169,34 +163,6 @@ def train() -> dict:
     whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(state.params)
     leaves = jax.tree_util.tree_leaves_with_path(whole)
     return found | {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def start(code: list[str], count: int = 2, **env: str) -> list[subprocess.Popen]:
-    """`python CODE` as each of `count` processes; "{}" in it is the process's index."""
-    path = os.pathsep.join([str(ROOT / "tests/train"), os.environ.get("PYTHONPATH", "")])
-    with distributed.reserved_port("127.0.0.1") as port:
-        address = f"127.0.0.1:{port}"
-    return [
-        subprocess.Popen(
-            [sys.executable, *(part.replace("{}", str(i)) for part in code)],
-            env=os.environ | explicit(address, str(count), str(i)) | {"PYTHONPATH": path} | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for i in range(count)
-    ]
-
-
-def outputs(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Exit code, stdout, stderr of each."""
-    try:
-        said = [p.communicate(timeout=150) for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, *s) for p, s in zip(processes, said, strict=True)]
 
 
 @pytest.mark.slow

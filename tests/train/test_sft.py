@@ -185,9 +185,25 @@ def test_epochs_end_the_run_and_every_sample_is_seen(inputs, tmp_path):
 def test_held_out_samples_are_not_trained(inputs, tmp_path):
     flags = ("max_steps=0", "epochs=1", "data.hold_out=20", "eval_batches=1")
     assert sft(inputs, tmp_path / "run", *flags) == 0
+    assert sum(line.get("documents", 0) for line in metrics(tmp_path / "run")) == 40
+
+
+@pytest.mark.parametrize("end", ["epochs=1", "max_steps=2"])
+def test_validates_before_and_after_also_where_the_last_step_is_a_checkpoint(inputs, tmp_path, end):
+    flags = ("max_steps=0", "epochs=0", end, "eval_every=0", "checkpoint.every=1")
+    validation = f"data.validation={inputs / 'validation.jsonl'}"
+    assert sft(inputs, tmp_path / "run", validation, *flags) == 0
     lines = metrics(tmp_path / "run")
-    assert sum(line.get("documents", 0) for line in lines) == 40
-    assert "eval_loss" in lines[0] and "eval_loss" in lines[-1]
+    assert [line["step"] for line in lines] == list(range(len(lines))) and len(lines) > 2
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, len(lines) - 1]
+
+
+def test_a_new_run_drops_what_another_left_without_a_checkpoint(inputs, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 1.0}\n{"step": 1, "loss": 2')
+    assert sft(inputs, output, "max_steps=1") == 0
+    assert [line["step"] for line in metrics(output)] == [1]
 
 
 @pytest.mark.parametrize(
@@ -201,11 +217,23 @@ def test_held_out_samples_are_not_trained(inputs, tmp_path):
         (("checkpoint.fork=nowhere",), r"checkpoint.fork: nowhere holds no checkpoint"),
         (("wandb=x",), r"wandb is 'x', and the package is not installed: pip install wandb"),
         (("profile=4",), r"profile is '4'; write FIRST:LAST"),
+        (("mesh.expert=3",), r"expert axis 3 does not divide 8 devices; use one of \[1, 2, 4, 8\]"),
+        (("mesh.context=8",), r"context axis 8 \(ulysses\) does not split num_heads"),
+        (("train.attention=cudnn",), r"attention 'cudnn' needs .*; use 'xla'"),
+        (("lora_rank=2", "train.offload_optimizer"), r"offload_optimizer has nothing to gain with"),
     ],
 )
 def test_bad_input_is_one_line(inputs, tmp_path, flags, problem):
     with pytest.raises(ConfigError, match=problem):
         sft(inputs, tmp_path / "run", *flags)
+
+
+def test_a_broken_checkpoint_is_one_line(inputs, tmp_path):
+    broken = tmp_path / "model"
+    shutil.copytree(inputs / "model", broken)
+    (broken / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config.json"):
+        sft(inputs, tmp_path / "run", f"model={broken}")
 
 
 def test_sample_that_cannot_be_used_stops_the_run_with_its_state_saved_or_is_counted(
