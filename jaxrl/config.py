@@ -119,35 +119,9 @@ class LoraOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepConfig:
-    """What `jaxrl.train.step.TrainStep` is built from, beside the model and the optimizer."""
+class StepOptions:
+    """What every training step is asked, whatever its loss."""
 
-    type: Type = option("rl", "RL or SFT loss.")
-    ac: ActivationCheckpointing = option("recompute", "What of a layer is kept for backward.")
-    attention: str = option("auto", "Attention implementation.")
-    loss: LossConfig = group(LossConfig, "The RL loss.")
-    temperature: float = option(1.0, "Logits are divided by it before the softmax.")
-    compute_dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Dtype of activations.")
-    head_chunk: int = option(0, "Tokens per chunk of the head; 0 is automatic.")
-    mlp_chunk: int = option(0, "Tokens per chunk of the MLP; 0 is automatic.")
-    experts_chunk: int = option(0, "Tokens per chunk of expert layers; 0 is automatic.")
-    grouped_matmul: str = option("auto", "Implementation of the experts' products.")
-    router_bias_rate: float = option(0.0, "Step of the router bias towards an even load.")
-    context_method: Literal["ring", "ulysses"] = option(
-        "ulysses", "How attention works over the context axis."
-    )
-    routing: Literal["model", "balanced", "zipf"] = option("model", "Who chooses experts.")
-    offload_optimizer: bool = option(False, "Optimizer state in the host's pinned memory.")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How a row is trained; type, LoRA rank, checkpointing and attention are the row's."""
-
-    optimizer: OptimizerConfig = group(OptimizerConfig, "AdamW, clipping, schedule.")
-    loss: LossConfig = group(LossConfig, "The RL loss.")
-    lora: LoraOptions = group(LoraOptions, "LoRA beside its rank.")
-    temperature: float = option(1.0, "Logits are divided by it before the softmax.")
     compute_dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16",
         "Dtype of activations and matmuls; master weights are always float32.",
@@ -163,11 +137,6 @@ class TrainConfig:
         "What a step adds to the router's bias of experts with less than their share, and takes "
         "from the others (GLM); 0 leaves it.",
     )
-    routing: Literal["model", "balanced", "zipf"] = option(
-        "model",
-        "Who chooses experts: the model's routers, or benchmarks' even (`balanced`) or uneven "
-        "(`zipf`) draws.",
-    )
     offload_optimizer: bool = option(
         False,
         "Adam's moments live in the host's pinned memory and visit the GPU layer by layer (full "
@@ -175,24 +144,46 @@ class TrainConfig:
     )
 
     def __post_init__(self):
-        above(self, 0, "temperature")
         at_least(self, 0, "head_chunk", "mlp_chunk", "experts_chunk", "router_bias_rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig(StepOptions):
+    """What `jaxrl.train.step.TrainStep` is built from, beside the model and the optimizer."""
+
+    type: Type = option("rl", "RL or SFT loss.")
+    ac: ActivationCheckpointing = option("recompute", "What of a layer is kept for backward.")
+    attention: str = option("auto", "Attention implementation.")
+    loss: LossConfig = group(LossConfig, "The RL loss.")
+    temperature: float = option(1.0, "Logits are divided by it before the softmax.")
+    context_method: Literal["ring", "ulysses"] = option(
+        "ulysses", "How attention works over the context axis."
+    )
+    routing: Literal["model", "balanced", "zipf"] = option("model", "Who chooses experts.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(StepOptions):
+    """How a row is trained; type, LoRA rank, checkpointing and attention are the row's."""
+
+    optimizer: OptimizerConfig = group(OptimizerConfig, "AdamW, clipping, schedule.")
+    loss: LossConfig = group(LossConfig, "The RL loss.")
+    lora: LoraOptions = group(LoraOptions, "LoRA beside its rank.")
+    temperature: float = option(1.0, "Logits are divided by it before the softmax.")
+    routing: Literal["model", "balanced", "zipf"] = option(
+        "model",
+        "Who chooses experts: the model's routers, or benchmarks' even (`balanced`) or uneven "
+        "(`zipf`) draws.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        above(self, 0, "temperature")
 
     def step(self, *, type: Type, ac: ActivationCheckpointing, attention: str) -> StepConfig:
         """The step's config for one row."""
-        shared = (
-            "loss",
-            "temperature",
-            "compute_dtype",
-            "head_chunk",
-            "mlp_chunk",
-            "experts_chunk",
-            "grouped_matmul",
-            "router_bias_rate",
-            "routing",
-            "offload_optimizer",
-        )
-        values = {name: getattr(self, name) for name in shared}
+        shared = (*(f.name for f in dataclasses.fields(StepOptions)), "loss", "temperature")
+        values = {name: getattr(self, name) for name in (*shared, "routing")}
         return StepConfig(type=type, ac=ac, attention=attention, **values)
 
 

@@ -14,6 +14,7 @@ from jaxrl.config import (
     LoraOptions,
     OptimizerConfig,
     StepConfig,
+    StepOptions,
     check_seq_len,
 )
 from jaxrl.options import ConfigError, at_least, group, option
@@ -104,29 +105,13 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SftTrainConfig:
+class SftTrainConfig(StepOptions):
     """The training step beside its optimizer."""
 
     ac: ActivationCheckpointing = option("recompute", "What of a layer is kept for backward.")
     attention: Literal["auto", "cudnn", "tokamax", "triton", "xla"] = option(
         "auto", "Attention implementation."
     )
-    grouped_matmul: Literal["auto", "triton", "tokamax", "xla"] = option(
-        "auto", "Implementation of the experts' products."
-    )
-    compute_dtype: Literal["bfloat16", "float32"] = option(
-        "bfloat16", "Dtype of activations and matmuls; master weights are always float32."
-    )
-    head_chunk: int = option(0, "Tokens per chunk of the log-prob head; 0 is automatic.")
-    mlp_chunk: int = option(0, "Tokens per chunk of the MLP; 0 is automatic.")
-    experts_chunk: int = option(0, "Tokens per chunk of expert layers; 0 is automatic.")
-    router_bias_rate: float = option(
-        0.0, "Step of the router's bias towards an even load (GLM); 0 leaves it."
-    )
-    offload_optimizer: bool = option(False, "AdamW's moments live in the host's pinned memory.")
-
-    def __post_init__(self):
-        at_least(self, 0, "head_chunk", "mlp_chunk", "experts_chunk", "router_bias_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +136,9 @@ class SftConfig:
     max_bad_steps: int = option(
         3, "Steps in a row with a gradient that is not finite after which the run stops."
     )
-    eval_every: int = option(0, "Steps between validations; 0: only before and after.")
+    eval_every: int = option(
+        0, "Steps between validations; 0: only the two before and after, which there are always."
+    )
     eval_batches: int = option(0, "Batches of a validation; 0: all of the data.")
     checkpoint: CheckpointConfig = group(CheckpointConfig, "Checkpoints.")
     seed: int = option(0, "Seed of adapters and of the data's order.")
