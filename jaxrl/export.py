@@ -36,13 +36,9 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv[1:])
     if not args.run_dir.is_dir():
         raise ConfigError(f"no run in {args.run_dir}: it is no folder")
-    from jaxrl.models.hf_config import CheckpointError
     from jaxrl.train.exporting import export
 
-    try:
-        print(export(args.run_dir, args.out_dir, args.step, args.format, args.dtype))
-    except CheckpointError as error:  # the run's base checkpoint is malformed
-        raise ConfigError(str(error)) from error
+    print(export(args.run_dir, args.out_dir, args.step, args.format, args.dtype))
     return 0
 
 

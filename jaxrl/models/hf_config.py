@@ -9,11 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxrl.models.config import ModelConfig, RopeScaling
+from jaxrl.options import ConfigError
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ConfigError):
     """A checkpoint that is malformed or not supported: one line with the file and the value."""
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxrl.models.hf_config import CheckpointError, read_json
+from jaxrl.options import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "BF16", "F16")
@@ -154,15 +155,15 @@ def _read(f, stored: Stored, part: Sequence[slice]) -> np.ndarray:
 
 
 def check_new(path: Path) -> None:
-    """Raises ValueError for a `path` that already holds something: nothing is ever overwritten."""
+    """Raises ConfigError for a `path` that already holds something: nothing is ever overwritten."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} already exists and is not an empty folder; name a new one")
+        raise ConfigError(f"{path} already exists and is not an empty folder; name a new one")
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `path` at the end, or is removed if an error comes first.
-    Raises ValueError as `check_new`."""
+    Raises ConfigError as `check_new`."""
     check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jaxrl_kernels.validated import is_validated
 
+from jaxrl.options import ConfigError
+
 log = logging.getLogger("jaxrl")
 
 
@@ -77,11 +79,11 @@ class Op:
     def resolve(self, name: str, target: Target, **case: Any) -> tuple[str, Callable]:
         """(name, function) of the implementation that `name` stands for on `target`.
 
-        case: what decides whether it can run (dtype, shapes). Raises ValueError for an unknown
+        case: what decides whether it can run (dtype, shapes). Raises ConfigError for an unknown
         name, and for a request that cannot be met, with what could run instead.
         """
         if name not in self.names:
-            raise ValueError(f"unknown {self.name} {name!r}; one of {', '.join(self.names)}")
+            raise ConfigError(f"unknown {self.name} {name!r}; one of {', '.join(self.names)}")
         why_not = {i.name: i.why_not(target, **case) for i in self.implementations}
         can = [i for i in self.implementations if why_not[i.name] is None]
         if name == "auto":
@@ -89,7 +91,7 @@ class Op:
             return chosen.name, chosen.make(target)
         if why_not[name] is not None:
             others = [repr(i.name) for i in can if i.name not in self.never_auto]
-            raise ValueError(f"{self.name} {name!r} {why_not[name]}; use {' or '.join(others)}")
+            raise ConfigError(f"{self.name} {name!r} {why_not[name]}; use {' or '.join(others)}")
         chosen = next(i for i in can if i.name == name)
         if not self._sure(chosen, target):
             _say_not_validated(self.name, name, str(target.gpu))

@@ -25,6 +25,7 @@ from jaxtyping import Array, Int
 from jaxrl.ops.attention import Attend, keepable, resolve_attention
 from jaxrl.ops.attention_blocks import BlockAttention, Bounds, resolve_blocks
 from jaxrl.ops.registry import Target
+from jaxrl.options import ConfigError
 
 METHODS = ("ring", "ulysses")
 AXIS = "context"
@@ -34,7 +35,7 @@ def sequence_order(method: str, seq_len: int, size: int) -> np.ndarray | None:
     """The permutation int [T] of a row's positions under which contiguous shards are what each
     device holds (`x[:, order]`); None: the row as it is.
 
-    Raises ValueError for an unknown method and a length that does not split.
+    Raises ConfigError for an unknown method and a length that does not split.
     """
     _check_lengths(method, size, seq_len)
     if method == "ulysses" or size == 1:
@@ -46,7 +47,7 @@ def sequence_order(method: str, seq_len: int, size: int) -> np.ndarray | None:
 def check_context(
     method: str, *, size: int, seq_len: int, num_heads: int, num_kv_heads: int
 ) -> None:
-    """Refuse (ValueError) an axis size that does not split the row, or for ulysses the heads."""
+    """Refuse (ConfigError) an axis size that does not split the row, or for ulysses the heads."""
     _check_lengths(method, size, seq_len)
     if method == "ring":
         return
@@ -57,7 +58,7 @@ def check_context(
 
     if not fits(size):
         sizes = [n for n in range(1, N + 1) if fits(n)]
-        raise ValueError(
+        raise ConfigError(
             f"context axis {size} (ulysses) does not split num_heads {N} with num_kv_heads {K}; "
             f"use one of {sizes}, or the context method 'ring'"
         )
@@ -65,11 +66,11 @@ def check_context(
 
 def _check_lengths(method: str, size: int, seq_len: int) -> None:
     if method not in METHODS:
-        raise ValueError(f"unknown context method {method!r}; one of {', '.join(METHODS)}")
+        raise ConfigError(f"unknown context method {method!r}; one of {', '.join(METHODS)}")
     parts = 2 if method == "ring" and size > 1 else 1  # of each device
     if size < 1 or seq_len % (parts * size):
         sizes = [n for n in range(1, max(size, 1) + 1) if n == 1 or seq_len % (parts * n) == 0]
-        raise ValueError(
+        raise ConfigError(
             f"context axis {size} ({method}) does not split seq_len {seq_len} into {parts} equal "
             f"parts per device; use one of {sizes}, or a multiple of {parts * max(size, 1)} tokens"
         )

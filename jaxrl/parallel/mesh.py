@@ -5,22 +5,24 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from jaxrl.options import ConfigError
+
 AXES = ("fsdp", "expert", "context")
 
 
 def mesh_shape(num_devices: int, expert: int = 1, context: int = 1) -> tuple[int, int, int]:
     """Axis sizes (fsdp, expert, context) over `num_devices`; fsdp takes what the others leave.
 
-    Raises ValueError, naming divisors that would do, where the axes do not divide the devices.
+    Raises ConfigError, naming divisors that would do, where the axes do not divide the devices.
     """
     for name, size in (("expert", expert), ("context", context)):
         if size < 1 or num_devices % size:
             fits = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
-            raise ValueError(
+            raise ConfigError(
                 f"{name} axis {size} does not divide {num_devices} devices; use one of {fits}"
             )
     if num_devices % (expert * context):
-        raise ValueError(
+        raise ConfigError(
             f"expert axis {expert} x context axis {context} does not divide {num_devices} devices"
         )
     return num_devices // (expert * context), expert, context

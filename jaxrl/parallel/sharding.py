@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl.models.params import ParamSpec, nest, specs
+from jaxrl.options import ConfigError
 
 type MeshAxes = tuple[str, ...]
 
@@ -48,12 +49,12 @@ def partition_spec(axes: tuple[str | None, ...], rules: Mapping = RULES) -> Part
 
 
 def check_divides(path: tuple[str, ...], spec: ParamSpec, mesh: Mesh) -> None:
-    """Refuse a mesh whose axes do not divide a parameter, naming sizes that would."""
+    """Refuse (ConfigError) a mesh whose axes do not divide a parameter, naming sizes that would."""
     for size, axes in zip(spec.shape, partition_spec(spec.axes), strict=True):
         parts = math.prod(mesh.shape[axis] for axis in axes or ())
         if size % parts:
             fits = [d for d in range(1, parts + 1) if size % d == 0]
-            raise ValueError(
+            raise ConfigError(
                 f"{parts} devices do not divide {'.'.join(path)} of shape {spec.shape}; use one of "
                 f"{fits}"
             )

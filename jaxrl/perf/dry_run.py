@@ -4,6 +4,7 @@ The run's own step is compiled, for GPUs that need not be here, and its memory i
 assignment, as of the bench's planned rows.
 """
 
+import dataclasses
 import math
 import pathlib
 import re
@@ -17,7 +18,7 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.models.hf_config import read_config
 from jaxrl.models.params import specs
 from jaxrl.models.presets import PRESETS, preset
-from jaxrl.options import ConfigError, options, show_value
+from jaxrl.options import ConfigError, flat, show_value
 from jaxrl.perf import compile_only
 from jaxrl.perf.hardware import GiB, gpu
 from jaxrl.perf.plan import plan_program
@@ -43,6 +44,8 @@ def dry_run(config: SftConfig) -> int:
     else:
         try:
             plan = plan_program(program, name)
+        except ConfigError:
+            raise
         except ValueError as error:
             raise ConfigError(f"this run {error}") from error
     console.print(_plan_table(program, name, plan))
@@ -85,10 +88,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _options_table(config: SftConfig) -> Table:
     table = _table("Options", "option", "value")
-    for key, _, _ in options(SftConfig):
-        value = config
-        for part in key.split("."):
-            value = getattr(value, part)
+    for key, value in flat(dataclasses.asdict(config)).items():
         table.add_row(key, show_value(value))
     return table
 

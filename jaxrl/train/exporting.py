@@ -34,10 +34,7 @@ def export(run: Path, out: Path, step: int | None, form: str, dtype: str | None)
     ConfigError where the run has no such checkpoint, its base checkpoint has gone, it has no
     adapter, or `out` is not empty; OutputError where `out` cannot be written.
     """
-    try:
-        check_new(out)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    check_new(out)
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         _, extra = checkpoints.extra(step)
         config, base = from_config(SftConfig, extra["config"]), Path(extra["model_folder"])

@@ -87,7 +87,7 @@ def build_program(
 ) -> Program:
     """The step for this model, mesh and recipe; `lora_rank` 0 is full fine-tuning.
 
-    Raises ValueError where the mesh does not divide the model.
+    Raises ConfigError where the mesh does not divide the model.
     """
     decoder = Transformer(model)
     if lora_rank:
@@ -123,7 +123,7 @@ def sft_program(
     total_steps: the run's, for schedules whose own `total_steps` is 0.
 
     Raises ConfigError where `batch_size` is no multiple of the rows that the devices work on at
-    once, ValueError where they do not divide the model.
+    once, and where they do not divide the model.
     """
     mesh = make_mesh(devices, expert=config.mesh.expert, context=config.mesh.context)
     at_once = config.rows_per_device * mesh.shape["fsdp"] * mesh.shape["expert"]

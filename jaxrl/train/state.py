@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl.models.params import Buffer, ParamSpec, initial_value, nest, specs
 from jaxrl.models.transformer import Transformer
+from jaxrl.options import ConfigError
 from jaxrl.parallel.sharding import check_divides, partition_spec
 from jaxrl.train.offload import on_host
 from jaxrl.train.optimizer import updates_made
@@ -49,7 +50,7 @@ class StateLayout:
 
     def __post_init__(self):
         if self.offload_optimizer and self.is_lora:
-            raise ValueError(
+            raise ConfigError(
                 "offload_optimizer has nothing to gain with LoRA, whose optimizer state is small; "
                 "turn it off"
             )
