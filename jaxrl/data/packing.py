@@ -13,14 +13,12 @@ class Rows:
     """R rows of T tokens, all int32 [R, T].
 
     positions: within the document, from 0. segment_ids: 1, 2, ... by document, 0 for padding.
-    doc_lengths: of each row's documents.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     positions: np.ndarray
     segment_ids: np.ndarray
-    doc_lengths: tuple[tuple[int, ...], ...]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -73,5 +71,4 @@ def fill_rows(
             mask[row, here] = documents[i].mask
             positions[row, here] = np.arange(length)
             segments[row, here] = number
-    doc_lengths = tuple(tuple(len(documents[i].tokens) for i in chosen) for chosen in bins)
-    return Rows(tokens, mask, positions, segments, doc_lengths)
+    return Rows(tokens, mask, positions, segments)

@@ -167,7 +167,7 @@ class Batches(Iterator[GlobalBatch]):
             told = ", ".join(f"{n} {what}" for what, n in window.counts.items())
             raise ConfigError(
                 f"none of the {len(self.pack.samples)} samples can be used (the last: {told}); see "
-                " config.data.seq_len, .overlong and .bad_samples"
+                "config.data.seq_len, .overlong and .bad_samples"
             )
 
     def _read(self, first: int) -> Any:

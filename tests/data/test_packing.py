@@ -43,8 +43,6 @@ def test_every_document_once_whole_and_apart(lengths, several):
         np.testing.assert_array_equal(positions, np.arange(len(tokens)))
         seen.append((row, number))
     assert sorted(number for _, number in seen) == list(range(len(lengths)))
-    per_row = tuple(tuple(lengths[n] for r, n in seen if r == row) for row in range(len(rows)))
-    assert rows.doc_lengths == per_row
     if not several:
         assert [number for _, number in seen] == list(range(len(lengths))) == list(range(len(rows)))
     padding = rows.segment_ids == 0
@@ -91,5 +89,5 @@ def test_a_document_that_fits_no_row_is_refused(length):
 
 def test_empty_rows_are_padding_alone():
     rows = fill_rows([], [[]] * 3, 8, PAD)
-    assert rows.tokens.tolist() == [[PAD] * 8] * 3 and rows.doc_lengths == ((), (), ())
+    assert rows.tokens.tolist() == [[PAD] * 8] * 3
     assert not (rows.segment_ids.any() or rows.loss_mask.any() or rows.positions.any())

@@ -112,6 +112,12 @@ def test_long_rows_lie_anywhere_in_a_window(make, tmp_path):
     assert len(places) > 1
 
 
+def test_every_window_has_an_order_of_rows_of_its_own(make):
+    stream = make(pack=False, window=25, batch_size=25)  # a window's rows: by number, then mixed
+    order = numbers(stream, stream.pack)
+    assert not np.array_equal(np.argsort(order[:25]), np.argsort(order[25:]))
+
+
 def test_validation_is_one_pass_in_order(samples, tokenizers):
     config = DataConfig(**CONFIG | {"pack": False})
     stream = validation_batches(config, samples, tokenizers["smollm2"], batch_size=4)

@@ -106,19 +106,10 @@ def adamw(config, params, gradients, rates):
 )
 def test_is_adamw(changes):
     config = OptimizerConfig(**{"learning_rate": 0.1, "weight_decay": 0.2} | changes)
-    rng = np.random.default_rng(0)
-    shapes = {"w": (3, 4), "b": (4,)}
-    params, *gradients = (
-        {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()} for _ in range(5)
-    )
+    params, *gradients = drawn({"w": (3, 4), "b": (4,)}, 5)
     gradients[1] = {k: 0.01 * g for k, g in gradients[1].items()}  # one below the norm
     rates = [0.0, 0.05, 0.1, 0.05] if "schedule" in changes else [0.1] * 4
-    tx = make_optimizer(config)
-    update = jax.jit(tx.update)
-    state, got = tx.init(params), jax.tree.map(jnp.asarray, params)
-    for g in gradients:
-        updates, state = update(g, state, got)
-        got = optax.apply_updates(got, updates)
+    got, _ = trained(config, params, gradients)
     for key, value in adamw(config, params, gradients, rates).items():
         np.testing.assert_allclose(got[key], value, rtol=1e-4, atol=1e-6)
 
