@@ -19,6 +19,7 @@ from jaxrl.models.params import specs
 from jaxrl.ops.attention import Attend
 from jaxrl.ops.grouped_matmul import GroupedOps, resolve_grouped_matmul
 from jaxrl.ops.registry import Target
+from jaxrl.options import ConfigError
 from jaxrl.parallel.context import AXIS as CONTEXT
 from jaxrl.parallel.context import context_attention, sequence_order
 from jaxrl.train.batch import BATCH_SPEC, Batch, predictions
@@ -100,9 +101,11 @@ class TrainStep:
         expert_axis = layout.mesh.shape["expert"]
         if expert_axis > 1 and not layout.model.config.num_experts:
             name = layout.model.config.name
-            raise ValueError(f"expert axis {expert_axis} needs experts, and {name} is dense; use 1")
+            raise ConfigError(
+                f"expert axis {expert_axis} needs experts, and {name} is dense; use 1"
+            )
         if config.router_bias_rate and layout.model.config.router != "sigmoid":
-            raise ValueError(
+            raise ConfigError(
                 f"router_bias_rate {config.router_bias_rate} moves a correction bias, which "
                 f"{layout.model.config.name} does not have; use 0"
             )

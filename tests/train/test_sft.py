@@ -219,6 +219,7 @@ def test_a_new_run_drops_what_another_left_without_a_checkpoint(inputs, tmp_path
         (("profile=4",), r"profile is '4'; write FIRST:LAST"),
         (("mesh.expert=3",), r"expert axis 3 does not divide 8 devices; use one of \[1, 2, 4, 8\]"),
         (("mesh.context=8",), r"context axis 8 \(ulysses\) does not split num_heads"),
+        (("mesh.expert=2",), r"expert axis 2 needs experts, and .* is dense; use 1"),
         (("train.attention=cudnn",), r"attention 'cudnn' needs .*; use 'xla'"),
         (("lora_rank=2", "train.offload_optimizer"), r"offload_optimizer has nothing to gain with"),
     ],
