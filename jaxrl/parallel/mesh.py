@@ -9,6 +9,11 @@ from jaxrl.options import ConfigError
 
 AXES = ("fsdp", "expert", "context")
 
+# For XLA's compiler of programs over several devices of a CPU: in the order of the schedule, or
+# devices that begin collectives over different groups in orders of their own wait for each other
+# forever.
+CPU_OPTIONS: dict[str, bool | int | str] = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
 
 def mesh_shape(num_devices: int, expert: int = 1, context: int = 1) -> tuple[int, int, int]:
     """Axis sizes (fsdp, expert, context) over `num_devices`; fsdp takes what the others leave.

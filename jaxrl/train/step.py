@@ -22,6 +22,7 @@ from jaxrl.ops.registry import Target
 from jaxrl.options import ConfigError
 from jaxrl.parallel.context import AXIS as CONTEXT
 from jaxrl.parallel.context import context_attention, sequence_order
+from jaxrl.parallel.mesh import CPU_OPTIONS
 from jaxrl.train.batch import BATCH_SPEC, Batch, predictions
 from jaxrl.train.gradients import Gradients
 from jaxrl.train.guarded import chosen
@@ -74,11 +75,6 @@ def gpu_options(layer_bytes: int) -> dict[str, bool | int | str]:
         # as attention does, only one would run beside it.
         "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
     }
-
-
-# In the order of the schedule: devices of a CPU that begin collectives over different groups in
-# orders of their own wait for each other forever.
-CPU_OPTIONS: dict[str, bool | int | str] = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
 class TrainStep:

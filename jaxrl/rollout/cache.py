@@ -1,0 +1,125 @@
+"""Keys and values of the tokens that sequences are at, in pages.
+
+A page holds `size` tokens of one sequence, in every layer. Sequences that begin alike share the
+pages of what they have in common. Page 0 of every device is nobody's: what is not to be kept is
+written there.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+NOBODYS = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The pages on the devices; inside `shard_map` those of one device."""
+
+    k: Float[Array, "L pages size K H"]
+    v: Float[Array, "L pages size K H"]
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[2]
+
+    def write(
+        self,
+        layer: Int[Array, ""],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        pages: Int[Array, "B T"],
+        places: Int[Array, "B T"],
+    ) -> "Cache":
+        """With tokens written into `pages` at `places` within them."""
+        return Cache(
+            self.k.at[layer, pages, places].set(k.astype(self.k.dtype)),
+            self.v.at[layer, pages, places].set(v.astype(self.v.dtype)),
+        )
+
+    def write_pages(
+        self,
+        layer: Int[Array, ""],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        table: Int[Array, "B P"],
+    ) -> "Cache":
+        """With whole pages written: T = P x size."""
+
+        def paged(x, like):
+            return x.reshape(*table.shape, *like.shape[2:]).astype(like.dtype)
+
+        return Cache(
+            self.k.at[layer, table].set(paged(k, self.k)),
+            self.v.at[layer, table].set(paged(v, self.v)),
+        )
+
+    def read(
+        self, layer: Int[Array, ""], table: Int[Array, "B P"]
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys and values of the sequences whose pages the table lists, in order; S = P x size."""
+        B, P = table.shape
+
+        def flat(x):
+            return x[layer, table].reshape(B, P * self.page_size, *x.shape[3:])
+
+        return flat(self.k), flat(self.v)
+
+    def copy(self, source: Int[Array, " n"], to: Int[Array, " n"]) -> "Cache":
+        """With pages copied onto others, in all layers."""
+        return Cache(
+            self.k.at[:, to].set(self.k[:, source]), self.v.at[:, to].set(self.v[:, source])
+        )
+
+
+def attend_cached(
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    positions: Int[Array, " B"],
+) -> Float[Array, "B 1 N H"]:
+    """Attention of one token of each sequence to those up to its own position; sums in fp32."""
+    B, _, N, H = q.shape
+    S, K = k.shape[1:3]
+    q = q.reshape(B, K, N // K, H)  # [B, 1, N, H] -> groups of queries by key head
+    f32 = jnp.float32
+    scores = jnp.einsum("BKGH,BSKH->BKGS", q, k, preferred_element_type=f32) * H**-0.5
+    seen = jnp.arange(S) <= positions[:, None]
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+    out = jnp.einsum("BKGS,BSKH->BKGH", weights.astype(v.dtype), v, preferred_element_type=f32)
+    return out.reshape(B, 1, N, H).astype(q.dtype)
+
+
+class Pages:
+    """Which pages of one device are free, and how many sequences use each other one."""
+
+    def __init__(self, count: int):
+        self._free = list(range(count - 1, NOBODYS, -1))
+        self._users = [0] * count
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """So many pages; there are that many free."""
+        taken = [self._free.pop() for _ in range(count)]
+        for page in taken:
+            self._users[page] = 1
+        return taken
+
+    def share(self, pages: Sequence[int]) -> None:
+        """One more sequence uses these."""
+        for page in pages:
+            self._users[page] += 1
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """One sequence fewer uses these."""
+        for page in pages:
+            self._users[page] -= 1
+            if not self._users[page]:
+                self._free.append(page)

@@ -1,0 +1,266 @@
+"""The model as it samples: prefill writes a prompt's keys and values, decode draws tokens.
+
+Both run the one decoder on the arrays that training updates, in their shardings: inside `shard_map`
+each layer is gathered as it is used, as in the training step, and sequences are divided over all
+devices. Each shape is compiled once; the engine chooses among few.
+"""
+
+import collections
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from jaxrl.models.attention import LayerContext
+from jaxrl.models.layers import rope_tables
+from jaxrl.models.moe import ExpertOps
+from jaxrl.models.params import nest, specs
+from jaxrl.models.transformer import Transformer
+from jaxrl.ops.attention import resolve_attention
+from jaxrl.ops.grouped_matmul import resolve_grouped_matmul
+from jaxrl.ops.registry import Target
+from jaxrl.parallel import vocab
+from jaxrl.parallel.expert import make_exchange
+from jaxrl.parallel.mesh import CPU_OPTIONS
+from jaxrl.parallel.sharding import EVERYWHERE, check_divides, gather, partition_spec
+from jaxrl.rollout.cache import NOBODYS, Cache, attend_cached
+from jaxrl.rollout.sampling import Choice, sample
+
+ROWS = PartitionSpec(EVERYWHERE)
+PAGES = PartitionSpec(None, EVERYWHERE)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """B sequences that tokens are drawn for, those of each device together.
+
+    token: the last of each, whose keys are not in the cache yet; position: its own. table: pages,
+    enough for all tokens that will be drawn, NOBODYS behind them. drawn: how many tokens were drawn
+    before; left: how many more may be (0: not a sequence). stop: tokens that end it, padded with
+    -1.
+    """
+
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]
+    table: Int[Array, "B P"]
+    drawn: Int[Array, " B"]
+    left: Int[Array, " B"]
+    stop: Int[Array, "B n"]
+    choice: Choice
+
+
+class Programs:
+    """`prefill`, `decode` and `copy_pages`, jitted for a model on a mesh; they donate the cache.
+
+    weights: a nested dict with every parameter of the model (adapters too), sharded as
+    `parallel.sharding` says, in any dtype; `dtype` is that of activations and of the cache.
+    `traced` counts how often each was traced, which is how often it was compiled.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        *,
+        dtype,
+        attention: str = "auto",
+        grouped_matmul: str = "auto",
+    ):
+        self.model, self.mesh, self.dtype = model, mesh, jnp.dtype(dtype)
+        self.target = Target.of(mesh.devices.flat[0])
+        self.attention = attention
+        self.traced = collections.Counter()
+        declared = specs(model)
+        for path, spec in declared.items():
+            check_divides(path, spec, mesh)
+        self.partition = nest({p: partition_spec(s.axes) for p, s in declared.items()})
+        self._fp32 = nest({p: s.fp32 for p, s in declared.items()})
+        self._experts = self._expert_ops(grouped_matmul)
+        replicated = PartitionSpec()
+        options = CPU_OPTIONS if self.target.backend == "cpu" and mesh.size > 1 else None
+        jit = functools.partial(jax.jit, compiler_options=options)
+        over = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+        self.prefill = jit(
+            over(self._prefill, in_specs=(self.partition, PAGES, ROWS, ROWS), out_specs=PAGES),
+            donate_argnums=1,
+        )
+        self.decode = jit(
+            lambda weights, cache, decoding, steps: over(
+                functools.partial(self._decode, steps=steps),
+                in_specs=(self.partition, PAGES, ROWS),
+                out_specs=(PAGES, replicated, replicated),
+            )(weights, cache, decoding),
+            donate_argnums=1,
+            static_argnums=3,
+        )
+        self.copy_pages = jit(
+            over(self._copy_pages, in_specs=(PAGES, ROWS, ROWS), out_specs=PAGES),
+            donate_argnums=0,
+        )
+
+    def make_cache(self, pages: int, page_size: int) -> Cache:
+        """Of `pages` pages on every device."""
+        config = self.model.config
+        shape = (
+            config.num_layers,
+            pages * self.mesh.size,
+            page_size,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        sharding = NamedSharding(self.mesh, PAGES)
+        make = jax.jit(
+            lambda: Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)),
+            out_shardings=sharding,
+        )
+        return make()
+
+    def _prefill(self, weights, cache: Cache, tokens: Int[Array, "B T"], table: Int[Array, "B P"]):
+        """The cache with the keys and values of these tokens, positions 0 to T-1, in the pages of
+        the table; T is P whole pages. Behind a prompt's end the tokens do not matter."""
+        self.traced["prefill"] += 1
+        B, T = tokens.shape
+        attend = resolve_attention(
+            self.attention,
+            target=self.target,
+            dtype=self.dtype,
+            head_dim=self.model.config.head_dim,
+            packed=False,
+            seq_len=T,
+        )
+
+        def attention(layer, cache, q, k, v):
+            return attend.fn(q, k, v, None), cache.write_pages(layer, k, v, table)
+
+        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        return self._layers(weights, cache, tokens, positions, attention)[1]
+
+    def _decode(self, weights, cache: Cache, decoding: Decoding, *, steps: int):
+        """(cache, tokens [steps, B], log-probs [steps, B]): up to `steps` tokens of each sequence,
+        fewer where it ends; what stands behind its end means nothing. B: of all devices."""
+        self.traced["decode"] += 1
+        B, size = decoding.token.shape[0], cache.page_size
+
+        def go_on(carry):
+            i, left = carry[0], carry[4]
+            running = jnp.any(left > 0)
+            if self.mesh.size > 1:
+                running = jax.lax.psum(running.astype(jnp.int32), EVERYWHERE) > 0
+            return (i < steps) & running
+
+        def step(carry):
+            i, cache, token, position, left, drawn, tokens, logprobs = carry
+            page = jnp.take_along_axis(decoding.table, position[:, None] // size, axis=1)
+            page = jnp.where(left[:, None] > 0, page, NOBODYS)
+            place = position[:, None] % size
+
+            def attention(layer, cache, q, k, v):
+                cache = cache.write(layer, k, v, page, place)
+                keys, values = cache.read(layer, decoding.table)
+                return attend_cached(q, keys, values, position), cache
+
+            x, cache = self._layers(weights, cache, token[:, None], position[:, None], attention)
+            logits = self._logits(weights, x[:, 0])
+            with jax.named_scope("sample"):
+                token, logprob = sample(logits, decoding.choice, drawn)
+            tokens, logprobs = tokens.at[i].set(token), logprobs.at[i].set(logprob)
+            ended = jnp.any(token[:, None] == decoding.stop, axis=-1)
+            left = jnp.where(ended, 0, jnp.maximum(left - 1, 0))
+            going = left > 0
+            position = jnp.where(going, position + 1, position)
+            return i + 1, cache, token, position, left, drawn + 1, tokens, logprobs
+
+        out = jnp.zeros((steps, B), jnp.int32), jnp.zeros((steps, B), jnp.float32)
+        begin = (decoding.token, decoding.position, decoding.left, decoding.drawn)
+        carry = jax.lax.while_loop(go_on, step, (jnp.zeros((), jnp.int32), cache, *begin, *out))
+        found = carry[6:]
+        if self.mesh.size > 1:  # all of them to every host
+            found = (jax.lax.all_gather(a, EVERYWHERE, axis=1, tiled=True) for a in found)
+        return carry[1], *found
+
+    def _copy_pages(self, cache: Cache, source: Int[Array, " n"], to: Int[Array, " n"]) -> Cache:
+        self.traced["copy_pages"] += 1
+        return cache.copy(source, to)
+
+    def _layers(self, weights, cache: Cache, tokens, positions, attention):
+        """(x [B, T, D] behind the layers, cache). `attention(layer, cache, q, k, v) -> (out,
+        cache)`."""
+        B, T = tokens.shape
+        with jax.named_scope("embed"):
+            x = vocab.embed(
+                weights["embed"], tokens.reshape(-1), axis_size=self.mesh.size, dtype=self.dtype
+            )
+        cos, sin = rope_tables(self.model.config, positions)
+        carry = (x.reshape(B, T, -1), cache, jnp.zeros((), jnp.int32))
+        for name in ("dense_layers", "layers"):
+            stack = getattr(self.model, name)
+            if stack is None:
+                continue
+            graphdef = nnx.graphdef(stack)
+            # Inside the loop over layers the parameters have lost their first dimension.
+            inner = jax.tree.map(lambda s: PartitionSpec(*s[1:]), self.partition[name])
+            fetch = functools.partial(self._fetch, inner, self._fp32[name])
+
+            def body(carry, layer, graphdef=graphdef, fetch=fetch):
+                x, cache, i = carry
+                after = []
+
+                def attend(q, k, v, segment_ids):
+                    del segment_ids
+                    out, written = attention(i, cache, q, k, v)
+                    after.append(written)
+                    return out
+
+                ctx = LayerContext(cos, sin, None, attend, experts=self._experts)
+                x, _ = nnx.merge(graphdef, fetch(layer))(x, ctx)
+                return (x, after[0], i + 1), None
+
+            carry, _ = jax.lax.scan(body, carry, weights[name])
+        return carry[0], carry[1]
+
+    def _fetch(self, partition, fp32, layer):
+        """One layer's parameters as they are used: whole, in the compute dtype."""
+        return jax.tree.map(
+            lambda p, s, wide: gather(
+                p if wide else p.astype(self.dtype), s, dict(self.mesh.shape)
+            ),
+            layer,
+            partition,
+            fp32,
+        )
+
+    def _logits(self, weights, x):
+        """fp32 [B, V] of this device's rows x [B, D]. The vocabulary is divided over the devices:
+        each computes its part for the rows of all of them."""
+        with jax.named_scope("head"):
+            x = nnx.merge(nnx.graphdef(self.model.final_norm), weights["final_norm"])(x)
+            head = weights["embed" if self.model.config.tie_embeddings else "head"]
+            if self.mesh.size > 1:
+                x = jax.lax.all_gather(x, EVERYWHERE, tiled=True)
+            logits = jnp.einsum(
+                "BD,VD->BV", x, head.astype(x.dtype), preferred_element_type=jnp.float32
+            )
+            if self.mesh.size > 1:
+                logits = jax.lax.all_to_all(
+                    logits, EVERYWHERE, split_axis=0, concat_axis=1, tiled=True
+                )
+            return logits
+
+    def _expert_ops(self, grouped_matmul: str) -> ExpertOps | None:
+        config = self.model.config
+        if not config.num_experts:
+            return None
+        size = self.mesh.shape["expert"]
+        exchange = make_exchange(size, self.target.backend) if size > 1 else None
+        grouped = resolve_grouped_matmul(
+            grouped_matmul,
+            target=self.target,
+            dtype=self.dtype,
+            features=(config.hidden_size, config.moe_intermediate_size),
+        )
+        return ExpertOps(grouped, exchange)
