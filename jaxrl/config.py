@@ -66,9 +66,10 @@ class OptimizerConfig:
 class LossConfig:
     """The RL loss: r is the ratio of trainer to sampler probability of a token."""
 
-    name: Literal["masked_ratio", "dppo_kl"] = option(
+    name: Literal["masked_ratio", "dppo_kl", "ppo_clip", "gspo", "cispo"] = option(
         "masked_ratio",
-        "`masked_ratio` drops tokens by ratio; `dppo_kl` by probability change.",
+        "`masked_ratio` drops tokens by ratio, `dppo_kl` by probability change; `ppo_clip` (GRPO), "
+        "`gspo` (by sequence) and `cispo` clip r.",
     )
     token_ratio_low: float = option(0.125, "masked_ratio: drop a token whose r is below.")
     token_ratio_high: float = option(8.0, "masked_ratio: drop a token whose r is above.")
@@ -84,10 +85,16 @@ class LossConfig:
         "dppo_kl: drop a token whose probability moved further, the advantage's way.",
     )
     kl_coef: float = option(1e-3, "dppo_kl: weight of (log r)^2.")
+    clip_low: float = option(0.2, "ppo_clip, cispo: r is clipped at 1 minus this.")
+    clip_high: float = option(0.2, "ppo_clip, cispo: r is clipped at 1 plus this.")
+    sequence_clip_low: float = option(3e-4, "gspo: the sequence's r is clipped at 1 minus this.")
+    sequence_clip_high: float = option(4e-4, "gspo: the sequence's r is clipped at 1 plus this.")
+    ref_kl_coef: float = option(0.0, "Weight of the divergence from the reference model.")
 
     def __post_init__(self):
         above(self, 0, "token_ratio_low", "sequence_ratio_low", "max_ratio", "delta")
-        at_least(self, 0, "kl_coef")
+        at_least(self, 0, "kl_coef", "ref_kl_coef", "clip_low", "clip_high")
+        at_least(self, 0, "sequence_clip_low", "sequence_clip_high")
         for kind in ("token", "sequence"):
             low, high = (
                 getattr(self, f"{kind}_ratio_low"),

@@ -15,7 +15,7 @@ class Batch:
 
     loss_mask: 1 where the token, as a target, is trained. positions: default 0..T-1.
     segment_ids: documents of a packed row (runs of equal ids); default one document per row.
-    advantages, sampler_logprobs: of each token; RL only.
+    advantages, sampler_logprobs: of each token; RL only. ref_logprobs: for `loss.ref_kl_coef`.
     """
 
     tokens: Int[Array, "M B T"]
@@ -24,6 +24,7 @@ class Batch:
     segment_ids: Int[Array, "M B T"] | None = None
     advantages: Float[Array, "M B T"] | None = None
     sampler_logprobs: Float[Array, "M B T"] | None = None
+    ref_logprobs: Float[Array, "M B T"] | None = None
 
 
 # Expert groups, too, are of devices with rows of their own; sequences are divided over context.
@@ -42,6 +43,7 @@ class Predictions:
     segment_ids: jax.Array | None
     advantages: jax.Array | None
     sampler_logprobs: jax.Array | None
+    ref_logprobs: jax.Array | None
 
 
 def predictions(batch: Batch) -> Predictions:
@@ -59,11 +61,12 @@ def predictions(batch: Batch) -> Predictions:
     positions = batch.positions
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(mask.shape[-1], dtype=jnp.int32), mask.shape)
+    rl = (batch.advantages, batch.sampler_logprobs, batch.ref_logprobs)
     return Predictions(
         batch.tokens,
         following(batch.tokens),
         mask,
         positions,
         segment_ids,
-        *(None if a is None else following(a) for a in (batch.advantages, batch.sampler_logprobs)),
+        *(None if a is None else following(a) for a in rl),
     )

@@ -182,7 +182,13 @@ class Gradients:
             values, _ = tokenwise(logprobs, trainable, fixed, inputs, chunk=chunk)
             if batch.sampler_logprobs is None or batch.advantages is None:
                 raise ValueError("an RL batch needs advantages and sampler_logprobs [M, B, T]")
-            rl = RLTokens(batch.sampler_logprobs, batch.advantages, mask, batch.segment_ids)
+            rl = RLTokens(
+                batch.sampler_logprobs,
+                batch.advantages,
+                mask,
+                batch.segment_ids,
+                batch.ref_logprobs,
+            )
             weight, metrics = self.rl_weights(values.reshape(mask.shape), rl)
             weight = weight * scale
         weight = weight.reshape(-1)

@@ -2,8 +2,8 @@
 
 Every loss returns *sums* over this device's tokens; the step divides by the number of loss tokens
 of the whole global batch, over all devices and micro-batches. Notation: lp trainer log-prob, lq
-sampler log-prob, r = exp(lp - lq), A advantage, m mask. Formulas: those of the
-trainer whose page is in bench/baselines (its default of February 2026, and its current one).
+sampler log-prob, r = exp(lp - lq), A advantage, m mask. Formulas of masked_ratio and dppo_kl: those
+of the trainer whose page is in bench/baselines (its default of February 2026, and its current one).
 """
 
 import dataclasses
@@ -23,24 +23,28 @@ class RLTokens:
     """What an RL loss knows of each token besides lp. All [B, T]; `mask` marks trained tokens.
 
     segment_ids: which sequence a token belongs to; None: each row is one sequence.
+    ref_logprobs: log-probs of the reference model, for `ref_kl_coef`.
     """
 
     sampler_logprobs: Float[Array, "B T"]
     advantages: Float[Array, "B T"]
     mask: Bool[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None = None
+    ref_logprobs: Float[Array, "B T"] | None = None
 
 
 def rl_loss(
     logprobs: Float[Array, "B T"], tokens: RLTokens, config: LossConfig
 ) -> tuple[Float[Array, ""], Metrics]:
-    """(summed loss, summed metrics) of the loss that `config.name` names."""
-    match config.name:
-        case "masked_ratio":
-            return masked_ratio(logprobs, tokens, config)
-        case "dppo_kl":
-            return dppo_kl(logprobs, tokens, config)
-    raise ValueError(f"unknown loss {config.name!r}; one of masked_ratio, dppo_kl")
+    """(summed loss, summed metrics) of the loss that `config.name` names, and of the divergence
+    from a reference model, if it has a weight."""
+    if config.name not in LOSSES:
+        raise ValueError(f"unknown loss {config.name!r}; one of {', '.join(LOSSES)}")
+    loss, metrics = LOSSES[config.name](logprobs, tokens, config)
+    if config.ref_kl_coef:
+        kl = _ref_kl(logprobs, tokens)
+        loss, metrics["ref_kl"] = loss + config.ref_kl_coef * kl, jax.lax.stop_gradient(kl)
+    return loss, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
 
 def masked_ratio(logprobs, tokens: RLTokens, config: LossConfig):
@@ -67,7 +71,7 @@ def masked_ratio(logprobs, tokens: RLTokens, config: LossConfig):
         "dropped_by_sequence_ratio": jnp.sum(tokens.mask & by_mean),
         "dropped_by_max_ratio": jnp.sum(tokens.mask & by_max),
     }
-    return -jnp.sum(jax.lax.stop_gradient(weight) * logprobs), _as_float(metrics)
+    return -jnp.sum(jax.lax.stop_gradient(weight) * logprobs), metrics
 
 
 def dppo_kl(logprobs, tokens: RLTokens, config: LossConfig):
@@ -86,7 +90,84 @@ def dppo_kl(logprobs, tokens: RLTokens, config: LossConfig):
     loss = jnp.where(keep, policy + config.kl_coef * kept_ratio**2, 0.0)
     metrics = _ratio_metrics(jax.lax.stop_gradient(log_ratio), keep, tokens)
     metrics["dropped_by_divergence"] = jnp.sum(tokens.mask & too_far)
-    return jnp.sum(loss), _as_float(metrics)
+    return jnp.sum(loss), metrics
+
+
+def ppo_clip(logprobs, tokens: RLTokens, config: LossConfig):
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), as PPO (arXiv:1707.06347) and GRPO
+    (arXiv:2402.03300); gradient through r."""
+    log_ratio = jnp.where(tokens.mask, logprobs - tokens.sampler_logprobs, 0.0)
+    return _clipped(log_ratio, tokens, config.clip_low, config.clip_high, log_ratio)
+
+
+def gspo(logprobs, tokens: RLTokens, config: LossConfig):
+    """`ppo_clip` with the geometric mean of its sequence's r in place of each token's
+    (arXiv:2507.18071, in its form by tokens), clipped by sequence_clip_low and _high.
+
+    A token's gradient is that mean's value times its own log-prob's.
+    """
+    log_ratio = jnp.where(tokens.mask, logprobs - tokens.sampler_logprobs, 0.0)
+    fixed = jax.lax.stop_gradient(log_ratio)
+    total, count, _ = _per_sequence(fixed, tokens)
+    mean = total / jnp.maximum(count, 1) + (log_ratio - fixed)
+    mean = jnp.where(tokens.mask, mean, 0.0)
+    low, high = config.sequence_clip_low, config.sequence_clip_high
+    return _clipped(mean, tokens, low, high, log_ratio)
+
+
+def cispo(logprobs, tokens: RLTokens, config: LossConfig):
+    """-stopgrad(clip(r, 1 - clip_low, 1 + clip_high)) A lp: clipped tokens learn, too
+    (arXiv:2506.13585)."""
+    log_ratio = jnp.where(tokens.mask, logprobs - tokens.sampler_logprobs, 0.0)
+    fixed = jax.lax.stop_gradient(log_ratio)
+    ratio = _ratio(fixed)
+    low, high = ratio < 1 - config.clip_low, ratio > 1 + config.clip_high
+    weight = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high) * tokens.advantages
+    weight = jnp.where(tokens.mask, weight, 0.0)
+    metrics = _ratio_metrics(fixed, tokens.mask, tokens) | _clip_metrics(tokens, low, high)
+    return -jnp.sum(weight * jnp.where(tokens.mask, logprobs, 0.0)), metrics
+
+
+LOSSES = {
+    "masked_ratio": masked_ratio,
+    "dppo_kl": dppo_kl,
+    "ppo_clip": ppo_clip,
+    "gspo": gspo,
+    "cispo": cispo,
+}
+
+
+def _clipped(log_ratio, tokens: RLTokens, low: float, high: float, by_token):
+    """PPO's loss for this log ratio, of tokens or of sequences; `by_token`: of tokens."""
+    ratio, advantages = _ratio(log_ratio), jnp.where(tokens.mask, tokens.advantages, 0.0)
+    loss = -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - low, 1 + high) * advantages)
+    fixed = jax.lax.stop_gradient(ratio)
+    # Only these lose their gradient.
+    too_low, too_high = (advantages < 0) & (fixed < 1 - low), (advantages > 0) & (fixed > 1 + high)
+    keep = tokens.mask & ~(too_low | too_high)
+    metrics = _ratio_metrics(jax.lax.stop_gradient(by_token), keep, tokens)
+    return jnp.sum(loss), metrics | _clip_metrics(tokens, too_low, too_high)
+
+
+def _clip_metrics(tokens: RLTokens, low, high):
+    return {
+        "clipped_low": jnp.sum(tokens.mask & low),
+        "clipped_high": jnp.sum(tokens.mask & high),
+    }
+
+
+def _ratio(log_ratio):
+    """exp(log_ratio), up to e^10, where the gradient ends: beyond it fp32 overflows some day."""
+    return jnp.exp(jnp.minimum(log_ratio, 10.0))
+
+
+def _ref_kl(logprobs, tokens: RLTokens):
+    """KL(policy || reference) of the trained tokens, estimated as GRPO does: q - log q - 1 with q
+    the ratio of the reference's probability to the policy's."""
+    if tokens.ref_logprobs is None:
+        raise ValueError("ref_kl_coef needs ref_logprobs [M, B, T] in the batch")
+    log_q = jnp.where(tokens.mask, tokens.ref_logprobs - logprobs, 0.0)
+    return jnp.sum(_ratio(log_q) - log_q - 1.0)
 
 
 def _per_sequence(log_ratio, tokens: RLTokens):
@@ -114,7 +195,3 @@ def _ratio_metrics(log_ratio, keep, tokens: RLTokens):
     # KL(sampler || trainer) estimated per token as r - log r - 1 (Schulman's k3).
     kl = jnp.where(tokens.mask, jnp.exp(log_ratio) - log_ratio - 1.0, 0.0)
     return {"mismatch_kl": jnp.sum(kl), "kept": jnp.sum(keep)}
-
-
-def _as_float(metrics) -> Metrics:
-    return {k: v.astype(jnp.float32) for k, v in metrics.items()}

@@ -23,6 +23,11 @@ CONFIGS = {
     ),
     "dppo_kl": LossConfig(name="dppo_kl"),
     "dppo_kl_strong": LossConfig(name="dppo_kl", delta=0.05, kl_coef=0.7),
+    "ppo_clip": LossConfig(name="ppo_clip"),
+    "ppo_clip_higher": LossConfig(name="ppo_clip", clip_low=0.1, clip_high=0.3, ref_kl_coef=0.3),
+    "gspo": LossConfig(name="gspo", sequence_clip_low=0.01, sequence_clip_high=0.2),
+    "cispo": LossConfig(name="cispo", clip_low=0.5, clip_high=2.0),
+    "ref_kl": LossConfig(name="dppo_kl", ref_kl_coef=0.1),
 }
 
 
@@ -34,10 +39,11 @@ def run(lp, tokens, config):
     return value, metrics, gradient
 
 
-def tokens(lq, advantages, mask, segment_ids=None):
+def tokens(lq, advantages, mask, segment_ids=None, ref=None):
     f32 = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
     ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    return RLTokens(f32(lq), f32(advantages), jnp.asarray(mask, bool), ids)
+    ref = f32(lq) + 0.5 if ref is None else f32(ref)
+    return RLTokens(f32(lq), f32(advantages), jnp.asarray(mask, bool), ids, ref)
 
 
 def sequences(mask, segment_ids):
@@ -53,7 +59,7 @@ def sequences(mask, segment_ids):
 
 def oracle(lp, lq, A, mask, segment_ids, config):
     """(loss, metrics, gradient), token by token in fp64."""
-    loss, gradient, m = 0.0, np.zeros(lp.shape), dict.fromkeys(METRICS[config.name], 0.0)
+    loss, gradient, m = 0.0, np.zeros(lp.shape), dict.fromkeys(metric_names(config), 0.0)
     for row, columns in sequences(mask, segment_ids):
         at = [(row, t) for t in columns if mask[row, t]]
         ratios = [math.exp(lp[i] - lq[i]) for i in at]
@@ -62,6 +68,36 @@ def oracle(lp, lq, A, mask, segment_ids, config):
         mean, largest = math.prod(ratios) ** (1 / len(ratios)), max(ratios)
         for i, r in zip(at, ratios, strict=True):
             m["mismatch_kl"] += r - math.log(r) - 1
+            if config.ref_kl_coef:
+                log_q = lq[i] + 0.5 - lp[i]
+                kl = math.exp(min(log_q, 10)) - log_q - 1
+                m["ref_kl"] += kl
+                loss += config.ref_kl_coef * kl
+                gradient[i] += config.ref_kl_coef * (1 - math.exp(log_q) * (log_q < 10))
+            if config.name in ("ppo_clip", "gspo", "cispo"):
+                by_sequence = config.name == "gspo"
+                low = 1 - (config.sequence_clip_low if by_sequence else config.clip_low)
+                high = 1 + (config.sequence_clip_high if by_sequence else config.clip_high)
+                x = mean if by_sequence else r
+                clipped = min(max(x, low), high)
+                if config.name == "cispo":
+                    m["clipped_low"], m["clipped_high"] = (
+                        m["clipped_low"] + (x < low),
+                        m["clipped_high"] + (x > high),
+                    )
+                    m["kept"] += 1
+                    loss -= clipped * A[i] * lp[i]
+                    gradient[i] -= clipped * A[i]
+                    continue
+                loss -= min(x * A[i], clipped * A[i])
+                if x > high and A[i] > 0:
+                    m["clipped_high"] += 1
+                elif x < low and A[i] < 0:
+                    m["clipped_low"] += 1
+                else:
+                    m["kept"] += 1
+                    gradient[i] -= x * A[i]
+                continue
             if config.name == "masked_ratio":
                 reasons = {
                     "dropped_by_token_ratio": not (
@@ -84,10 +120,10 @@ def oracle(lp, lq, A, mask, segment_ids, config):
             m["kept"] += 1
             if config.name == "masked_ratio":
                 loss -= r * A[i] * lp[i]
-                gradient[i] = -r * A[i]
+                gradient[i] -= r * A[i]
             else:
                 loss += -A[i] * r + config.kl_coef * math.log(r) ** 2
-                gradient[i] = -A[i] * r + 2 * config.kl_coef * math.log(r)
+                gradient[i] += -A[i] * r + 2 * config.kl_coef * math.log(r)
     return loss, m, gradient
 
 
@@ -100,7 +136,13 @@ METRICS = {
         "dropped_by_max_ratio",
     ),
     "dppo_kl": ("mismatch_kl", "kept", "dropped_by_divergence"),
-}
+} | dict.fromkeys(
+    ("ppo_clip", "gspo", "cispo"), ("mismatch_kl", "kept", "clipped_low", "clipped_high")
+)
+
+
+def metric_names(config):
+    return (*METRICS[config.name], *(("ref_kl",) if config.ref_kl_coef else ()))
 
 
 def random_case(seed, packed, B=6, T=24):
@@ -133,7 +175,7 @@ def compare(case, config):
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_the_formula(name, packed):
-    totals = dict.fromkeys(METRICS[CONFIGS[name].name], 0.0)
+    totals = dict.fromkeys(metric_names(CONFIGS[name]), 0.0)
     for seed in range(5):
         for key, value in compare(random_case(seed, packed), CONFIGS[name]).items():
             totals[key] += float(value)
@@ -165,16 +207,18 @@ def test_what_masked_ratio_drops(case):
     assert metrics["kept"] == kept.count("1")
 
 
-@pytest.mark.parametrize("name", ["masked_ratio", "dppo_kl"])
+@pytest.mark.parametrize("name", METRICS)
 def test_a_masked_token_counts_for_nothing(name):
     """Neither in its sequence's mean nor as its largest; whatever was stored for it, NaN too."""
     lp = jnp.full((1, 4), -1.0)
     mask = np.array([[1, 0, 1, 0]])
     clean = tokens(np.full((1, 4), -1.1), np.ones((1, 4)), mask)
     lq, A = np.array([[-1.1, -90.0, -1.1, np.nan]]), np.array([[1.0, 1.0, 1.0, np.nan]])
+    config = LossConfig(name=name, ref_kl_coef=0.1)
+    ref = np.array([[-1.0, np.nan, -1.0, 90.0]])
     for a, b in zip(
-        jax.tree.leaves(run(lp, clean, LossConfig(name=name))),
-        jax.tree.leaves(run(lp, tokens(lq, A, mask), LossConfig(name=name))),
+        jax.tree.leaves(run(lp, dataclasses.replace(clean, ref_logprobs=lp), config)),
+        jax.tree.leaves(run(lp, tokens(lq, A, mask, ref=ref), config)),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
@@ -226,17 +270,26 @@ def test_nothing_kept_is_zero(name, packed):
         assert all(np.isfinite(v) for v in metrics.values())
 
 
-@pytest.mark.parametrize("name", ["masked_ratio", "dppo_kl"])
+@pytest.mark.parametrize("name", METRICS)
 def test_extreme_ratios_stay_finite(name):
-    """exp(log r) overflows fp32 above 88: such a token is dropped without a trace of NaN."""
+    """exp(log r) overflows fp32 above 88: such a token leaves no trace of NaN."""
     lp = jnp.array([[-0.01, -200.0, -1.0, -0.01]])
     given = tokens([[-200.0, -0.01, -1.0, -1000.0]], [[1.0, -1.0, 1.0, 1.0]], np.ones((1, 4)))
-    value, metrics, gradient = run(lp, given, LossConfig(name=name))
+    value, metrics, gradient = run(lp, given, LossConfig(name=name, ref_kl_coef=0.1))
     assert np.isfinite(value) and np.all(np.isfinite(gradient))
-    assert metrics["kept"] == (0 if name == "masked_ratio" else 1)
+    kept = {"masked_ratio": 0, "dppo_kl": 1, "ppo_clip": 1, "gspo": 1, "cispo": 4}
+    assert metrics["kept"] == kept[name]
+
+
+def test_a_reference_model_without_its_log_probs_raises():
+    given = dataclasses.replace(tokens([[0.0]], [[0.0]], [[1]]), ref_logprobs=None)
+    with pytest.raises(ValueError, match="ref_kl_coef needs ref_logprobs"):
+        rl_loss(jnp.zeros((1, 1)), given, LossConfig(ref_kl_coef=0.1))
 
 
 def test_unknown_loss_raises():
     config = dataclasses.replace(LossConfig(), name="ppo")
-    with pytest.raises(ValueError, match="unknown loss 'ppo'; one of masked_ratio, dppo_kl"):
+    with pytest.raises(
+        ValueError, match="unknown loss 'ppo'; one of masked_ratio, dppo_kl, ppo_clip"
+    ):
         rl_loss(jnp.zeros((1, 1)), tokens([[0.0]], [[0.0]], [[1]]), config)
