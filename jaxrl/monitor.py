@@ -1,6 +1,7 @@
 """Scalars of a run: to TensorBoard event files, and to a JSONL file that any tool can read."""
 
 import json
+import logging
 import math
 import os
 import pathlib
@@ -10,12 +11,15 @@ from typing import Any
 
 from jaxrl.trackers import Tracker
 
+_log = logging.getLogger(__name__)
+
 
 class Monitor:
     """Appends scalars to `FOLDER/metrics.jsonl`, TensorBoard files in `FOLDER`, and `trackers`.
 
     resumed_at: of a run that goes on from a checkpoint, its step, or -1 of a new one: what was
     written of later steps, which will be trained again, is dropped. None: nothing is.
+    A tracker that fails gets no more, which is logged once.
     Use as a context manager. Raises OSError where the folder cannot be written.
     """
 
@@ -33,7 +37,7 @@ class Monitor:
         if resumed_at is not None and file.is_file():
             _drop_later(file, resumed_at)
         self._jsonl = file.open("a", encoding="utf-8")
-        self._trackers = trackers
+        self._trackers = list(trackers)
         self._writer = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # slow to import, and not always wanted
@@ -52,8 +56,13 @@ class Monitor:
         if self._writer:
             for name, value in known.items():
                 self._writer.add_scalar(name, value, step)
-        for tracker in self._trackers:
-            tracker.log(step, known)
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(step, known)
+            except Exception as error:  # a server that is down is no reason to end a run
+                self._trackers.remove(tracker)
+                kind = type(tracker).__name__
+                _log.warning("%s gets nothing from step %d on: %s", kind, step, error)
 
     def text(self, name: str, text: str, step: int = 0) -> None:
         """Show `text` (markdown) under `name` in TensorBoard."""
@@ -83,7 +92,7 @@ class Silent(Monitor):
     """Writes nothing: of processes other than the first."""
 
     def __init__(self):
-        self._writer, self._trackers = None, ()
+        self._writer, self._trackers = None, []
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         pass

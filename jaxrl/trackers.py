@@ -18,6 +18,17 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+def start(kind: type, name: str, folder: pathlib.Path, config: Mapping[str, Any]) -> Tracker:
+    """A `Wandb` or `Mlflow`. Raises ConfigError, in one line, where it does not start."""
+    try:
+        return kind(name, folder, config)
+    except ConfigError:
+        raise
+    except Exception as error:  # of many kinds: no login, no server, a store that it refuses
+        line = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{kind.__name__.lower()} does not start: {line}") from error
+
+
 class Wandb:
     """Scalars and options to the Weights & Biases project `project`.
 

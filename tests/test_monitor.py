@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl.monitor import Monitor
 from jaxrl.options import ConfigError
-from jaxrl.trackers import Mlflow, Wandb
+from jaxrl.trackers import Mlflow, Wandb, start
 
 
 def lines(folder):
@@ -107,6 +107,31 @@ def test_mlflow_gets_scalars_and_a_resumed_run_goes_on_there(tmp_path, monkeypat
     assert names == [*once, *(n for n in once if n != "log_params")]
     starts = [kwargs for name, _, kwargs in recorder.calls if name == "start_run"]
     assert [kwargs["run_id"] for kwargs in starts] == [None, "run1"]
+
+
+def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(tmp_path, caplog):
+    class Down:
+        def log(self, step, scalars):
+            raise ConnectionError("no route")
+
+        def close(self):
+            raise AssertionError("closed")
+
+    with Monitor(tmp_path, tensorboard=False, trackers=[Down()]) as monitor:
+        for step in range(3):
+            monitor.log(step, {"loss": 1.0})
+    assert [record.getMessage() for record in caplog.records] == [
+        "Down gets nothing from step 0 on: no route"
+    ]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_tracker_that_does_not_start_is_one_line(tmp_path):
+    def refuses(*_):
+        raise RuntimeError("no login;\n run wandb login")
+
+    with pytest.raises(ConfigError, match=r"refuses does not start: no login; run wandb login"):
+        start(refuses, "project", tmp_path, {})
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from jaxrl.perf.flops import active_lora_params
 from jaxrl.perf.meter import Meter
 from jaxrl.progress import RunConsole
 from jaxrl.sft_config import SftConfig
-from jaxrl.trackers import Mlflow, Tracker, Wandb
+from jaxrl.trackers import Mlflow, Tracker, Wandb, start
 from jaxrl.train.batch import Batch
 from jaxrl.train.checkpoint import Checkpoints, Restored
 from jaxrl.train.evaluate import Evaluation
@@ -375,9 +375,9 @@ def open_monitor(config: SftConfig, output: pathlib.Path, resumed_at: int | None
     write_json(output / "config.json", dataclasses.asdict(config))
     trackers: list[Tracker] = []
     if config.wandb:
-        trackers.append(Wandb(config.wandb, output, shown))
+        trackers.append(start(Wandb, config.wandb, output, shown))
     if config.mlflow:
-        trackers.append(Mlflow(config.mlflow, output, shown))
+        trackers.append(start(Mlflow, config.mlflow, output, shown))
     monitor = Monitor(
         output, tensorboard=config.tensorboard, trackers=trackers, resumed_at=resumed_at
     )
