@@ -1,0 +1,1 @@
+"""What a model learns from: tasks, what answers them back, and rewards."""
