@@ -58,6 +58,8 @@ class Gradients:
         micro = functools.partial(self.micro_batch, params, frozen, scale)
         if batch.tokens.shape[0] == 1:
             grads, metrics = micro(zeros, jax.tree.map(lambda a: a[0], batch))
+        elif self.config.skip_empty:
+            grads, metrics = self.over_used(micro, zeros, batch)
         else:
             grads, metrics = jax.lax.scan(micro, zeros, batch)
             metrics = jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics)
@@ -74,6 +76,24 @@ class Gradients:
             load = self.sum_devices(load)
             metrics["expert_load"] = load / jnp.sum(load, axis=-1, keepdims=True)
         return grads, metrics
+
+    def over_used(self, micro, zeros, batch: Predictions):
+        """(gradients, summed metrics) of the micro-batches up to the last with a trained token."""
+        count = jnp.arange(1, batch.mask.shape[0] + 1)
+        used = jnp.max(jnp.where(jnp.any(batch.mask, axis=(1, 2)), count, 0))
+        if self.size > 1:
+            used = jax.lax.pmax(used, EVERYWHERE)
+
+        def one(i):
+            return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), batch)
+
+        def body(i, carry):
+            grads, found = micro(carry[0], one(i))
+            return grads, jax.tree.map(jnp.add, carry[1], found)
+
+        _, shapes = jax.eval_shape(micro, zeros, one(0))
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.fori_loop(0, used, body, (zeros, nothing))
 
     def micro_batch(self, params, frozen, scale, grads, batch: Predictions):
         """(grads + this micro-batch's, summed metrics); arrays of the batch are [B, T]."""

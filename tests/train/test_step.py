@@ -13,6 +13,7 @@ from tiny import TINY, relative_error, tiny_batch, tiny_program, tiny_state
 
 from jaxrl.config import LossConfig, OptimizerConfig
 from jaxrl.models.transformer import merge_trees
+from jaxrl.train.gradients import Gradients
 from jaxrl.train.losses import RLTokens, rl_loss
 from jaxrl.train.optimizer import make_optimizer
 from jaxrl.train.remat import POLICIES
@@ -38,17 +39,22 @@ def plain_loss(params, program, frozen, batch):
         if config.type == "sft":
             loss += -jnp.sum(jnp.where(mask, logp, 0.0))
         else:
-            tokens = RLTokens(mb.sampler_logprobs[:, 1:], mb.advantages[:, 1:], mask, segments)
+            ref = None if mb.ref_logprobs is None else mb.ref_logprobs[:, 1:]
+            tokens = RLTokens(mb.sampler_logprobs[:, 1:], mb.advantages[:, 1:], mask, segments, ref)
             loss += rl_loss(logp, tokens, config.loss)[0]
     return loss / total
 
 
+# Clipped loosely: no token is at the edge, where rounding would decide.
+GSPO = LossConfig(name="gspo", sequence_clip_low=0.9, sequence_clip_high=9, ref_kl_coef=0.1)
 CASES = {
     "sft": {"type": "sft"},
     "sft_lora": {"type": "sft", "rank": 4},
     "rl": {"type": "rl"},
     "rl_lora": {"type": "rl", "rank": 4},
     "rl_dppo_kl": {"type": "rl", "loss": LossConfig(name="dppo_kl")},
+    "rl_gspo_ref": {"type": "rl", "loss": GSPO},
+    "rl_skip_empty": {"type": "rl", "skip_empty": True},
     "rl_chunks": {"type": "rl", "head_chunk": 48, "mlp_chunk": 40, "temperature": 0.7},
     "sft_chunks_lora": {"type": "sft", "rank": 4, "head_chunk": 48, "mlp_chunk": 40},
     "untied": {"type": "sft", "model": TINY.replace(tie_embeddings=False, attention_bias=True)},
@@ -77,13 +83,40 @@ def test_gradient_is_that_of_the_plain_loss(name):
     assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("name", ["sft", "rl_chunks", "sft_chunks_lora", "untied"])
+EIGHT = ["sft", "rl_chunks", "rl_gspo_ref", "rl_skip_empty", "sft_chunks_lora", "untied"]
+
+
+@pytest.mark.parametrize("name", EIGHT)
 def test_eight_devices_equal_one(name):
     (one, one_metrics), _ = gradients(name, 1)
     (eight, eight_metrics), _ = gradients(name, 8)
     assert relative_error(eight, one) < 2e-5
     for key, value in one_metrics.items():
         np.testing.assert_allclose(eight_metrics[key], value, rtol=1e-4, err_msg=key)
+
+
+def test_last_micro_batches_without_a_trained_token_are_not_computed(monkeypatch):
+    computed = []
+    plain = Gradients.micro_batch
+
+    def counted(self, params, frozen, scale, grads, batch):
+        jax.debug.callback(lambda: computed.append(1))
+        return plain(self, params, frozen, scale, grads, batch)
+
+    monkeypatch.setattr(Gradients, "micro_batch", counted)
+    found = {}
+    for skip in (False, True):
+        program = tiny_program(micro_batches=5, skip_empty=skip)
+        state, batch = tiny_state(program), tiny_batch(program)
+        kept = jnp.array([1, 0, 1, 0, 0])[:, None, None]
+        batch = dataclasses.replace(batch, loss_mask=batch.loss_mask * kept)
+        found[skip] = jax.jit(program.step.gradients)(state.params, state.frozen, batch)
+        jax.block_until_ready(found[skip])
+        jax.effects_barrier()
+        assert len(computed) == (5 + 3 if skip else 5)
+    assert relative_error(found[True][0], found[False][0]) < 1e-6
+    for key, value in found[False][1].items():
+        np.testing.assert_allclose(found[True][1][key], value, rtol=1e-6, err_msg=key)
 
 
 @pytest.mark.parametrize("ac", sorted(set(POLICIES) - {"recompute"}))

@@ -111,17 +111,18 @@ def tiny_batch(program: Program, *, packed: bool = False, seed: int = 0) -> Batc
         first = np.pad(np.diff(segments) != 0, [(0, 0), (0, 0), (1, 0)], constant_values=True)
         positions = index - np.maximum.accumulate(np.where(first, index, 0), axis=-1)
     rl = program.step.config.type == "rl"
+
+    def near() -> np.ndarray:
+        return (-np.log(vocab) + 0.3 * rng.standard_normal(shape, np.float32)).astype(np.float32)
+
     batch = Batch(
         tokens=rng.integers(0, vocab, shape, np.int32),
         loss_mask=mask,
         positions=positions,
         segment_ids=segments,
         advantages=rng.standard_normal(shape, np.float32) if rl else None,
-        sampler_logprobs=(-np.log(vocab) + 0.3 * rng.standard_normal(shape, np.float32)).astype(
-            np.float32
-        )
-        if rl
-        else None,
+        sampler_logprobs=near() if rl else None,
+        ref_logprobs=near() if rl and program.step.config.loss.ref_kl_coef else None,
     )
     return jax.tree.map(jnp.asarray, batch)
 

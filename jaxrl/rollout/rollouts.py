@@ -1,0 +1,69 @@
+"""One conversation of the model about a task, as training sees it."""
+
+import dataclasses
+from typing import Any
+
+from jaxrl.envs.protocol import Message, Task
+
+
+@dataclasses.dataclass
+class Rollout:
+    """tokens: prompt, turns and replies, in order. drawn: which of them the model drew; logprobs
+    and versions of those (0 and -1 of the others). truncated: its last turn was cut off by a limit.
+    failure: why it has no reward."""
+
+    task: Task
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    drawn: list[bool] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    versions: list[int] = dataclasses.field(default_factory=list)
+    messages: list[Message] = dataclasses.field(default_factory=list)
+    truncated: bool = False
+    reward: float | None = None
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
+    failure: str | None = None
+
+    def say(self, tokens: list[int]) -> None:
+        """Add what others than the model say."""
+        self._add(tokens, False, [0.0] * len(tokens), [-1] * len(tokens))
+
+    def draw(self, tokens: list[int], logprobs: list[float], versions: list[int]) -> None:
+        """Add a turn of the model."""
+        self._add(tokens, True, logprobs, versions)
+
+    def _add(self, tokens, drawn: bool, logprobs, versions) -> None:
+        self.tokens += tokens
+        self.drawn += [drawn] * len(tokens)
+        self.logprobs += logprobs
+        self.versions += versions
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model drew."""
+        return sum(self.drawn)
+
+    @property
+    def oldest(self) -> int:
+        """The oldest version of the weights that drew any of it."""
+        return min(v for v in self.versions if v >= 0)
+
+
+@dataclasses.dataclass
+class Group:
+    """The rollouts of one task. `number`: which of the run's groups it is."""
+
+    number: int
+    rollouts: list[Rollout]
+
+    @property
+    def scored(self) -> list[Rollout]:
+        return [rollout for rollout in self.rollouts if rollout.reward is not None]
+
+    def summary(self) -> dict[str, Any]:
+        """For logs: rewards, lengths, failures."""
+        return {
+            "task": self.rollouts[0].task.id,
+            "rewards": [r.reward for r in self.rollouts],
+            "lengths": [r.length for r in self.rollouts],
+            "failures": [r.failure for r in self.rollouts if r.failure],
+        }
