@@ -1,0 +1,187 @@
+"""Rollouts of a scripted engine: what is kept of turns, replies and rewards, and of failures."""
+
+import itertools
+
+import pytest
+from tiny_run import tiny_checkpoint
+
+from jaxrl.data.tokenizer import load_tokenizer
+from jaxrl.envs.isolated import Isolated
+from jaxrl.envs.protocol import SingleTurn, Task, last_turn
+from jaxrl.options import ConfigError
+from jaxrl.rollout.collector import Collector
+from jaxrl.rollout.requests import Completion, Request, Sampling
+
+
+class Asks:
+    """Says "more?" until a turn says "done"; the reward is how many turns there were."""
+
+    def __len__(self):
+        return 1
+
+    def task(self, index):
+        return Task(str(index), ({"role": "user", "content": f"go {index}"},))
+
+    def reply(self, task, messages):
+        if "broken" in last_turn(messages):
+            raise OSError("no reply")
+        if "done" in last_turn(messages):
+            return []
+        return [{"role": "user", "content": "more?"}]
+
+    def score(self, task, messages):
+        if "zero" in last_turn(messages):
+            return 1 / 0
+        return {"reward": sum(m["role"] == "assistant" for m in messages), "x": 5}
+
+
+class Once(SingleTurn, Asks):
+    def reply(self, task, messages):
+        raise AssertionError("of a single turn nobody asks for a reply")
+
+
+class Script:
+    """An engine that says the next of its lines; "..." at a line's end: it was cut off there."""
+
+    def __init__(self, tokenizer, *lines, limit=10**6):
+        self.hf, self.stop = tokenizer.hf, tokenizer.stop_ids[0]
+        self.lines, self.limit = iter(lines), limit
+        self.open, self.prompts, self.samplings = [], [], []
+
+    @property
+    def busy(self):
+        return bool(self.open)
+
+    def submit(self, prompt, sampling=None):
+        if len(prompt) > self.limit:
+            raise ConfigError(f"the prompt has {len(prompt)} tokens")
+        completions = [Completion(i) for i in range(sampling.n)]
+        self.prompts.append(list(prompt))
+        self.samplings.append(sampling)
+        self.open += completions
+        return Request(len(self.prompts), prompt, sampling, completions)
+
+    def abort(self, request):
+        raise NotImplementedError
+
+    def step(self):
+        completion = self.open.pop(0)
+        line = next(self.lines)
+        cut = line.endswith("...")
+        tokens = self.hf(line.removesuffix("..."), add_special_tokens=False).input_ids
+        completion.tokens += tokens if cut else [*tokens, self.stop]
+        completion.logprobs += [-0.5] * len(completion.tokens)
+        completion.versions += [2] * len(completion.tokens)
+        completion.finish = "length" if cut else "stop"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(tiny_checkpoint(tmp_path_factory.mktemp("model")), 264)
+
+
+@pytest.fixture(scope="module")
+def isolated():
+    with Isolated("test_collector:Asks", {}, timeout_s=30) as made:
+        yield made
+
+
+def collected(tokenizer, isolated, *lines, environment=None, limit=10**6, count=1, **options):
+    environment = environment or Asks()
+    engine = Script(tokenizer, *lines, limit=limit)
+    options = {"group_size": 1, "sampling": Sampling(), "max_len": 500} | options
+    made = Collector(engine, environment, isolated, tokenizer, **options)
+    tasks = [environment.task(i) for i in range(count)]
+    return made.collect(tasks, itertools.repeat(7, count)), made, engine
+
+
+def shown(tokenizer, rollout):
+    """(drawn, text) of each run of tokens."""
+    pairs = zip(rollout.drawn, rollout.tokens, strict=True)
+    for drawn, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        yield drawn, tokenizer.hf.decode([token for _, token in run])
+
+
+def test_turns_and_replies_alternate_as_the_template_writes_them(tokenizer, isolated):
+    (group,), made, engine = collected(tokenizer, isolated, "first", "2nd", "done")
+    (rollout,) = group.rollouts
+    asked = "\n<|im_start|>user\nmore?<|im_end|>\n<|im_start|>assistant\n"
+    assert list(shown(tokenizer, rollout)) == [
+        (False, "<|im_start|>user\ngo 0<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "first<|im_end|>"),
+        (False, asked),
+        (True, "2nd<|im_end|>"),
+        (False, asked),
+        (True, "done<|im_end|>"),
+    ]
+    whole = tokenizer.hf.apply_chat_template(rollout.messages, tokenize=False)
+    assert tokenizer.hf.decode(rollout.tokens) + "\n" == whole
+    assert (rollout.reward, rollout.figures, rollout.failure) == (3.0, {"x": 5.0}, None)
+    assert not rollout.truncated and made.counts == {"rollouts": 1} and not made.in_flight
+    assert engine.prompts[1] == rollout.tokens[: len(engine.prompts[1])]
+    for drawn, logprob, version in zip(
+        rollout.drawn, rollout.logprobs, rollout.versions, strict=True
+    ):
+        assert (logprob, version) == ((-0.5, 2) if drawn else (0.0, -1))
+    seeds = [sampling.seed for sampling in engine.samplings]
+    assert seeds[0] == 7 and len(set(seeds)) == 3
+    _, _, again = collected(tokenizer, isolated, "first", "2nd", "done")
+    assert [sampling.seed for sampling in again.samplings] == seeds
+
+
+def test_a_turn_that_is_cut_off_is_scored_as_it_is(tokenizer, isolated):
+    (group,), _, _ = collected(tokenizer, isolated, "first...")
+    (rollout,) = group.rollouts
+    assert rollout.truncated and rollout.reward == 1.0
+    assert tokenizer.hf.decode(rollout.tokens).endswith("assistant\nfirst")
+
+
+def test_of_a_single_turn_no_reply_is_asked_for(tokenizer, isolated):
+    (group,), _, _ = collected(tokenizer, isolated, "first", environment=Once())
+    assert group.rollouts[0].reward == 1.0
+
+
+def test_turns_end_at_their_limit_and_where_there_is_no_room(tokenizer, isolated):
+    (group,), _, _ = collected(tokenizer, isolated, "a", "b", "c", max_turns=2)
+    assert group.rollouts[0].reward == 2.0 and not group.rollouts[0].truncated
+    (group,), _, engine = collected(tokenizer, isolated, "a", "b", "c", max_len=60)
+    (rollout,) = group.rollouts
+    assert (rollout.reward, rollout.truncated, rollout.failure) == (2.0, True, None)
+    assert len(rollout.tokens) <= 60 and rollout.messages[-1]["role"] == "assistant"
+    assert engine.samplings[0].max_tokens == 60 - len(engine.prompts[0])
+
+
+def test_a_group_has_all_its_rollouts_and_groups_come_in_order(tokenizer, isolated):
+    lines = ["done", "x", "done", "done", "zero done", "done", "done"]
+    groups, made, _ = collected(tokenizer, isolated, *lines, count=2, group_size=3)
+    assert [group.number for group in groups] == [0, 1]
+    assert [r.reward for r in groups[0].rollouts] == [1.0, 2.0, 1.0]
+    assert [r.reward for r in groups[1].rollouts] == [1.0, None, 1.0]
+    assert groups[1].rollouts[1].failure == "reward: ZeroDivisionError: division by zero"
+    assert len(groups[1].scored) == 2
+    assert made.counts == {"rollouts": 6, "failed": 1, "failed: reward": 1}
+    assert groups[1].summary() == {
+        "task": "1",
+        "rewards": [1.0, None, 1.0],
+        "lengths": [5, 10, 5],
+        "failures": ["reward: ZeroDivisionError: division by zero"],
+    }
+
+
+def test_a_prompt_that_is_too_long_and_a_reply_that_fails_are_failures(tokenizer, isolated):
+    (group,), made, _ = collected(tokenizer, isolated, limit=5, group_size=2)
+    assert all(r.failure.startswith("prompt: the prompt has") for r in group.rollouts)
+    assert made.counts["failed: prompt"] == 2
+    (group,), _, _ = collected(tokenizer, isolated, group_size=1, max_len=20)
+    assert "a rollout at most 20; shorten it" in group.rollouts[0].failure
+    (group,), made, _ = collected(tokenizer, isolated, "broken")
+    assert group.rollouts[0].failure == "reply: OSError: no reply"
+
+
+def test_a_conversation_that_the_template_refuses_is_a_failure(tokenizer, isolated):
+    class Odd(Asks):
+        def task(self, index):
+            return Task("odd", ({"role": "user"},))
+
+    (group,), _, _ = collected(tokenizer, isolated, environment=Odd())
+    assert group.rollouts[0].failure.startswith("prompt: the chat template refuses it: ")
