@@ -59,6 +59,11 @@ class Group:
     def scored(self) -> list[Rollout]:
         return [rollout for rollout in self.rollouts if rollout.reward is not None]
 
+    @property
+    def rewards(self) -> list[float]:
+        """Of those that have one."""
+        return [rollout.reward for rollout in self.rollouts if rollout.reward is not None]
+
     def summary(self) -> dict[str, Any]:
         """For logs: rewards, lengths, failures."""
         return {

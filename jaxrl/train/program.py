@@ -22,6 +22,7 @@ from jaxrl.ops.grouped_matmul import composed
 from jaxrl.options import ConfigError
 from jaxrl.parallel.context import check_context
 from jaxrl.parallel.mesh import make_mesh
+from jaxrl.rl_config import RlConfig
 from jaxrl.sft_config import SftConfig
 from jaxrl.train.batch import BATCH_SPEC, Batch
 from jaxrl.train.offload import HOST
@@ -125,17 +126,58 @@ def sft_program(
     Raises ConfigError where `batch_size` is no multiple of the rows that the devices work on at
     once, and where they do not divide the model.
     """
-    mesh = make_mesh(devices, expert=config.mesh.expert, context=config.mesh.context)
-    at_once = config.rows_per_device * mesh.shape["fsdp"] * mesh.shape["expert"]
+    mesh, at_once = _mesh(config, devices)
     if config.batch_size % at_once:
         least = max(config.batch_size // at_once, 1) * at_once
         raise ConfigError(
             f"config.batch_size {config.batch_size} is no multiple of the {at_once} rows that "
             f"{len(devices)} devices work on at once; use e.g. {least}"
         )
+    return _run_program(
+        config,
+        model,
+        mesh,
+        total_steps=total_steps or config.max_steps or 1,  # or 1: a plan, which makes no step
+        seq_len=config.data.seq_len,
+        micro_batches=config.batch_size // at_once,
+    )
+
+
+def rl_program(config: RlConfig, model: ModelConfig, devices: Sequence) -> Program:
+    """The step of an RL run over these devices, with as many micro-batches as its rollouts could
+    need at their longest; those that are not needed are not computed.
+
+    Raises ConfigError where the devices do not divide the model.
+    """
+    mesh, at_once = _mesh(config, devices)
+    rollouts = config.tasks_per_step * config.algorithm.group_size
+    return _run_program(
+        config,
+        model,
+        mesh,
+        total_steps=config.max_steps,
+        seq_len=config.seq_len,
+        micro_batches=-(-rollouts // at_once),
+    )
+
+
+def _mesh(config: SftConfig | RlConfig, devices: Sequence) -> tuple[Mesh, int]:
+    """(the mesh, how many rows its devices work on at once)."""
+    mesh = make_mesh(devices, expert=config.mesh.expert, context=config.mesh.context)
+    return mesh, config.rows_per_device * mesh.shape["fsdp"] * mesh.shape["expert"]
+
+
+def _run_program(
+    config: SftConfig | RlConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    total_steps: int,
+    seq_len: int,
+    micro_batches: int,
+) -> Program:
     optimizer = config.optimizer
     if not optimizer.total_steps:
-        total_steps = total_steps or config.max_steps or 1  # or 1: a plan, which makes no step
         optimizer = dataclasses.replace(optimizer, total_steps=total_steps)
     return build_program(
         model,
@@ -144,8 +186,8 @@ def sft_program(
         optimizer=optimizer,
         lora_rank=config.lora_rank,
         lora=config.lora,
-        seq_len=config.data.seq_len,
-        micro_batches=config.batch_size // at_once,
+        seq_len=seq_len,
+        micro_batches=micro_batches,
         rows_per_device=config.rows_per_device,
         packed=True,
     )

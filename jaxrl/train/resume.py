@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from jaxrl.data.pipeline import Batches
 from jaxrl.options import ConfigError, flat, show_value
+from jaxrl.rl_config import RlConfig
 from jaxrl.sft_config import SftConfig
 from jaxrl.train.checkpoint import Checkpoints, Restored
 from jaxrl.train.pretrained import kept
@@ -41,16 +41,32 @@ FREE = (
     "data.workers",
     "data.validation",
     "data.validation_split",
+    "env.workers",
+    "env.timeout_s",
+    "eval",
+    "rollout.slots",
+    "rollout.cache_tokens",
+    "rollout.page",
+    "rollout.decode_steps",
+    "rollout.prefill_tokens",
 )
 # What decides the order of the data.
-DATA = ("data", "batch_size", "seed", "tokenizer")
+DATA = ("data", "batch_size", "seed", "tokenizer", "env", "algorithm", "chat_template")
+
+
+class Stream(Protocol):
+    """Data with a place in it."""
+
+    def check(self, state: Mapping[str, Any]) -> None: ...
+
+    def set_state(self, state: Mapping[str, Any]) -> None: ...
 
 
 def resume(
-    config: SftConfig,
+    config: SftConfig | RlConfig,
     checkpoints: Checkpoints,
     layout: StateLayout,
-    stream: Batches,
+    stream: Stream,
     say: Callable[[str], None],
 ) -> Restored | None:
     """The checkpoint that the run goes on from, with `pretrained.kept` of a state; None for a new
@@ -78,7 +94,10 @@ def resume(
 
 
 def fork(
-    config: SftConfig, layout: StateLayout, stream: Batches, say: Callable[[str], None]
+    config: SftConfig | RlConfig,
+    layout: StateLayout,
+    stream: Stream,
+    say: Callable[[str], None],
 ) -> Restored:
     """The state of another run. The data goes on where that run was, if it is the same data in the
     same order, else from its beginning."""
@@ -115,7 +134,7 @@ def _tell(restored: Restored, folder: str, say: Callable[[str], None]) -> None:
     say(f"going on from step {restored.step} of {folder}")
 
 
-def _same_options(config: SftConfig, extra: Mapping[str, Any]) -> None:
+def _same_options(config: SftConfig | RlConfig, extra: Mapping[str, Any]) -> None:
     for key, (now, then) in _changed(config, extra, lambda key: _within(key, FREE)).items():
         raise ConfigError(
             f"config.{key} is {show_value(now)!r}, and the run in {config.output} has "
@@ -125,7 +144,7 @@ def _same_options(config: SftConfig, extra: Mapping[str, Any]) -> None:
 
 
 def _changed(
-    config: SftConfig, extra: Mapping[str, Any], left_out: Callable[[str], bool]
+    config: SftConfig | RlConfig, extra: Mapping[str, Any], left_out: Callable[[str], bool]
 ) -> Mapping[str, tuple[Any, Any]]:
     """(now, then) of the options that differ from the checkpoint's, by dotted key."""
     now, then = flat(dataclasses.asdict(config)), flat(extra["config"])

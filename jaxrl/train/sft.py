@@ -18,15 +18,12 @@ from jaxrl.data.pipeline import Batches, GlobalBatch, batches, validation_batche
 from jaxrl.data.sources import Samples, hold_out, open_samples
 from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrl.models.hf_config import read_config
-from jaxrl.models.safetensors_folder import write_json
-from jaxrl.monitor import Monitor, Silent
-from jaxrl.options import ConfigError, flat
+from jaxrl.monitor import Monitor
+from jaxrl.options import ConfigError
 from jaxrl.parallel.distributed import any_process, global_batch, is_reporter
-from jaxrl.perf.flops import active_lora_params
 from jaxrl.perf.meter import Meter
 from jaxrl.progress import RunConsole
 from jaxrl.sft_config import SftConfig
-from jaxrl.trackers import Mlflow, Tracker, Wandb, start
 from jaxrl.train.batch import Batch
 from jaxrl.train.checkpoint import Checkpoints, Restored
 from jaxrl.train.evaluate import Evaluation
@@ -34,6 +31,7 @@ from jaxrl.train.pretrained import completed, find_checkpoint, kept, load_state
 from jaxrl.train.profile import Profile
 from jaxrl.train.program import Program, sft_program
 from jaxrl.train.resume import resume
+from jaxrl.train.session import make_meter, open_monitor
 from jaxrl.train.signals import StopSignals
 from jaxrl.train.state import TrainState
 
@@ -364,32 +362,3 @@ def open_data(config: SftConfig) -> tuple[Samples, Samples | None]:
     if config.data.hold_out:
         return hold_out(samples, config.data.hold_out, config.seed)
     return samples, None
-
-
-def open_monitor(config: SftConfig, output: pathlib.Path, resumed_at: int | None) -> Monitor:
-    """Where the run's scalars go; of processes other than the first, nowhere."""
-    if not is_reporter():
-        return Silent()
-    output.mkdir(parents=True, exist_ok=True)
-    shown = flat(dataclasses.asdict(config))
-    write_json(output / "config.json", dataclasses.asdict(config))
-    trackers: list[Tracker] = []
-    if config.wandb:
-        trackers.append(start(Wandb, config.wandb, output, shown))
-    if config.mlflow:
-        trackers.append(start(Mlflow, config.mlflow, output, shown))
-    monitor = Monitor(
-        output, tensorboard=config.tensorboard, trackers=trackers, resumed_at=resumed_at
-    )
-    monitor.options(shown)
-    return monitor
-
-
-def make_meter(config: SftConfig, program: Program) -> Meter:
-    model, rank = program.layout.model.config, config.lora_rank
-    return Meter(
-        model,
-        list(program.layout.mesh.devices.flat),
-        lora_params=active_lora_params(model, rank, config.lora.targets) if rank else 0,
-        dtype=config.train.compute_dtype,
-    )

@@ -1,0 +1,30 @@
+"""Reinforcement learning of a Hugging Face checkpoint on tasks whose answers can be scored.
+
+python -m jaxrl.rl --config=configs/rl_smollm2.py
+python -m jaxrl.rl --config=configs/rl_smollm2.py --config.env.name=guess_number
+
+Writes checkpoints, metrics.jsonl, rollouts.jsonl and TensorBoard files into the output folder; run
+again, it goes on from the newest checkpoint. SIGTERM and Ctrl-C save and end the run. Exit code: 0
+done or stopped, 1 the run gave up (bad gradients), 2 bad input or a disk that is full.
+
+Started on several hosts (see launch/), it is one program over all their devices.
+"""
+
+from collections.abc import Sequence
+
+from jaxrl import cli
+from jaxrl.parallel import distributed
+from jaxrl.rl_config import RlConfig
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as the command line says; returns the exit code."""
+    config = cli.parse(RlConfig, argv, __doc__ or "")
+    distributed.initialize()
+    from jaxrl.train.rl import train
+
+    return train(config)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,158 @@
+"""The options of `python -m jaxrl.rl`: environment, rollouts, algorithm, training, checkpoints.
+
+Imports no JAX, as `jaxrl.config`, whose sections of the training step it shares.
+"""
+
+# ruff: noqa: RUF009 - `option` and `group` are dataclasses.field
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from jaxrl.config import (
+    LoraOptions,
+    LossConfig,
+    OptimizerConfig,
+    StepConfig,
+    check_seq_len,
+)
+from jaxrl.options import ConfigError, above, at_least, group, option
+from jaxrl.sft_config import CheckpointConfig, MeshConfig, SftTrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvConfig:
+    """The environment: tasks, what answers the model, rewards."""
+
+    name: str = option(
+        "reverse_text",
+        "`reverse_text`, `guess_number`, `reasoning_gym`, `verifiers`, or MODULE:CALLABLE.",
+    )
+    options: str = option("{}", 'What it is made with, as JSON, e.g. `{"seed": 1}`.')
+    workers: int = option(1, "Processes that reply and score.")
+    timeout_s: float = option(30.0, "Seconds after which a reply or a reward has failed.")
+    max_turns: int = option(8, "Turns of the model in a rollout.")
+
+    def __post_init__(self):
+        at_least(self, 1, "workers", "max_turns")
+        above(self, 0, "timeout_s")
+        parsed(self.options, "options")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out tasks, before training, at an interval, and after it."""
+
+    tasks: int = option(0, "How many; 0: no evaluation.")
+    options: str = option("{}", "Environment options that differ from training's, as JSON.")
+    every: int = option(0, "Steps between evaluations; 0: only before and after.")
+    samples: int = option(1, "Rollouts of each task, k of avg@k.")
+    temperature: float = option(-1.0, "Of evaluations; below 0: training's. 0: likeliest tokens.")
+    solved: float = option(1.0, "Reward from which a rollout counts as solved (pass@1).")
+
+    def __post_init__(self):
+        at_least(self, 0, "tasks", "every")
+        at_least(self, 1, "samples")
+        parsed(self.options, "options")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are drawn, and the engine's sizes on each device."""
+
+    max_tokens: int = option(0, "Tokens of a turn; 0: as many as `seq_len` leaves.")
+    temperature: float = option(1.0, "Logits are divided by it, in training, too.")
+    top_p: float = option(1.0, "Only the likeliest tokens that have this much probability.")
+    top_k: int = option(0, "Only so many likeliest tokens; 0: all.")
+    min_p: float = option(0.0, "Only tokens with this much of the likeliest one's probability.")
+    slots: int = option(64, "Sequences that a device decodes at once.")
+    cache_tokens: int = option(0, "Tokens that its cache holds; 0: slots x seq_len.")
+    page: int = option(32, "Tokens to a page of the cache.")
+    decode_steps: int = option(8, "Tokens drawn between two looks at what is waiting.")
+    prefill_tokens: int = option(4096, "Prompt tokens that are prefilled together.")
+
+    def __post_init__(self):
+        at_least(self, 0, "max_tokens", "top_k", "min_p", "cache_tokens")
+        above(self, 0, "temperature", "top_p")
+        at_least(self, 1, "slots", "page", "decode_steps", "prefill_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+    """From rewards to advantages, and which groups are trained on."""
+
+    group_size: int = option(8, "Rollouts of each task.")
+    advantage: Literal["mean", "grpo", "leave_one_out", "max_rl"] = option(
+        "mean", "Reward less the group's mean; `grpo` over its deviation; see the code for all."
+    )
+    keep_flat: bool = option(False, "Train on groups of equal rewards, which teach nothing, too.")
+    length_penalty: float = option(0.0, "Taken from the reward of a turn of `max_tokens` tokens.")
+    length_margin: int = option(0, "Tokens before the limit over which that penalty rises.")
+
+    def __post_init__(self):
+        at_least(self, 2, "group_size")
+        at_least(self, 0, "length_penalty", "length_margin")
+
+
+@dataclasses.dataclass(frozen=True)
+class RlConfig:
+    """`python -m jaxrl.rl`: the model, what it learns from, and how."""
+
+    model: str = option(
+        "", "Checkpoint: a Hugging Face folder, or a model's name on the hub (`Qwen/Qwen3-4B`)."
+    )
+    tokenizer: str = option("", "Folder or name of the tokenizer; default the model's.")
+    chat_template: str = option("", "Jinja file that replaces the tokenizer's chat template.")
+    output: str = option("runs/rl", "Folder of the run: checkpoints, metrics, logs.")
+    env: EnvConfig = group(EnvConfig, "The environment.")
+    eval: EvalConfig = group(EvalConfig, "Held-out tasks.")
+    rollout: RolloutConfig = group(RolloutConfig, "How completions are drawn.")
+    algorithm: AlgorithmConfig = group(AlgorithmConfig, "From rewards to advantages.")
+    loss: LossConfig = group(LossConfig, "The loss.")
+    lora_rank: int = option(0, "Rank of LoRA's adapters; 0 is full fine-tuning.")
+    lora: LoraOptions = group(LoraOptions, "LoRA beside its rank.")
+    optimizer: OptimizerConfig = group(OptimizerConfig, "Optimizer, clipping, schedule.")
+    train: SftTrainConfig = group(SftTrainConfig, "The training step.")
+    mesh: MeshConfig = group(MeshConfig, "How devices share the work.")
+    seq_len: int = option(2048, "Tokens of a rollout at most, and of a row; a multiple of 128.")
+    tasks_per_step: int = option(16, "Groups that a step trains on.")
+    rows_per_device: int = option(1, "Rows that a device works on at once; the rest accumulates.")
+    max_steps: int = option(100, "Optimizer steps.")
+    max_bad_steps: int = option(
+        3, "Steps in a row with a gradient that is not finite after which the run stops."
+    )
+    checkpoint: CheckpointConfig = group(CheckpointConfig, "Checkpoints.")
+    seed: int = option(0, "Seed of adapters, of the tasks' order and of what is drawn.")
+    log_every: int = option(1, "Steps between lines on the console.")
+    tensorboard: bool = option(True, "Write TensorBoard files into the output folder.")
+    wandb: str = option("", "Weights & Biases project to log to, if `wandb` is installed.")
+    mlflow: str = option("", "MLflow experiment to log to, if `mlflow` is installed.")
+
+    def __post_init__(self):
+        at_least(self, 0, "lora_rank", "seed")
+        at_least(self, 1, "tasks_per_step", "rows_per_device", "max_steps", "max_bad_steps")
+        at_least(self, 1, "log_every")
+        check_seq_len(self.seq_len)
+
+    @property
+    def step(self) -> StepConfig:
+        """The training step's config."""
+        return StepConfig(
+            type="rl",
+            loss=self.loss,
+            temperature=self.rollout.temperature,
+            context_method=self.mesh.context_method,
+            skip_empty=True,
+            **dataclasses.asdict(self.train),
+        )
+
+
+def parsed(text: str, name: str) -> dict[str, Any]:
+    """A JSON object. Raises ConfigError for anything else."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}, no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f'{name} is {text!r}, no JSON object; write e.g. {{"seed": 1}}')
+    return found

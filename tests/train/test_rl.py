@@ -1,0 +1,142 @@
+"""`jaxrl.rl`, from a checkpoint and tasks to a checkpoint: learns, resumes, survives what fails."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from tiny_run import metrics, tiny_checkpoint
+
+from jaxrl.envs.protocol import SingleTurn, Task, last_turn
+from jaxrl.options import ConfigError
+from jaxrl.rl import main
+from jaxrl.train.checkpoint import Checkpoints
+
+CONFIG = """
+from jaxrl.config import default_config
+from jaxrl.rl_config import RlConfig
+
+
+def get_config():
+    config = default_config(RlConfig)
+    config.model, config.output = {model!r}, {output!r}
+    config.env.name = "test_rl:Letters"
+    config.seq_len, config.tasks_per_step, config.algorithm.group_size = 128, 4, 4
+    config.rollout.max_tokens, config.rollout.slots = 8, 8
+    config.max_steps, config.checkpoint.every = 4, 2
+    config.eval.tasks, config.eval.options = 8, '{{"seed": 1}}'
+    config.optimizer.learning_rate = 1e-2
+    config.train.compute_dtype, config.tensorboard = "float32", False
+    return config
+"""
+
+
+class Letters(SingleTurn):
+    """The more of a turn's characters are small letters, the better."""
+
+    def __init__(self, seed: int = 0, fails: str = "", count: int = 40):
+        self.seed, self.fails, self.count = seed, fails, count
+
+    def __len__(self):
+        return self.count
+
+    def task(self, index):
+        return Task(f"{self.seed}/{index}", ({"role": "user", "content": f"write {index}"},))
+
+    def score(self, task, messages):
+        said = last_turn(messages)
+        if self.fails == "all" or (self.fails == "some" and len(said) % 3 == 0):
+            raise OSError("no reward")
+        if self.fails == "flat":
+            return 0.5
+        return sum(c.islower() and c.isascii() for c in said) / 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> pathlib.Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("inputs") / "model")
+
+
+def rl(model, output, *flags) -> int:
+    """Run in this process, on eight devices."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file = output.parent / "config.py"
+    file.write_text(CONFIG.format(model=str(model), output=str(output)))
+    return main(["rl", f"--config={file}", *(f"--config.{f}" for f in flags)])
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> pathlib.Path:
+    """The output of an uninterrupted run of four steps."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert rl(model, output) == 0
+    return output
+
+
+def test_writes_a_line_per_step_and_every_rollout(whole):
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval/reward_mean" in line] == [0, 4]
+    keys = "reward_mean reward_std mismatch_kl entropy loss grad_norm staleness " + (
+        "tokens_per_s_rollout tokens_per_s_train rollout_s wait_s train_s sync_s total_s"
+    )
+    for line in lines[1:]:
+        assert set(keys.split()) <= line.keys()
+        assert abs(line["mismatch_kl"]) < 1e-6  # fp32: the sampler is the trainer
+        assert line["staleness"] == 0 and line["rollouts_trained"] <= 16
+    rollouts = [json.loads(line) for line in (whole / "rollouts.jsonl").read_text().splitlines()]
+    first = [r for r in rollouts if r["step"] == 1]
+    rewards = [r["reward"] for r in first]
+    assert lines[1]["reward_mean"] == pytest.approx(np.mean(rewards))
+    assert first[0]["messages"][1]["role"] == "assistant" and len(rewards) >= 16
+
+
+def test_a_resumed_run_takes_every_task_once(model, whole, tmp_path):
+    assert rl(model, tmp_path / "run", "max_steps=2") == 0
+    assert rl(model, tmp_path / "run") == 0
+
+    def groups(output):
+        lines = map(json.loads, (output / "rollouts.jsonl").read_text().splitlines())
+        return [(r["step"], r["group"], r["task"], r["messages"]) for r in lines]
+
+    assert sorted(map(str, groups(tmp_path / "run"))) == sorted(map(str, groups(whole)))
+    for a, b in zip(metrics(tmp_path / "run"), metrics(whole), strict=True):
+        for key in ("loss", "reward_mean", "grad_norm"):
+            assert a.get(key) == b.get(key), (a["step"], key)
+
+
+def test_rollouts_that_fail_are_counted_and_the_others_trained(model, tmp_path, capsys):
+    assert rl(model, tmp_path / "run", 'env.options={"fails": "some"}', "max_steps=2") == 0
+    (line,) = metrics(tmp_path / "run")[-1:]
+    assert 0 < line["failed"] < 1 and line["total/failed_reward"] > 0
+    assert line["rollouts_trained"] < 16
+
+
+def test_learns(model, tmp_path):
+    flags = ("max_steps=12", "eval.every=4", "checkpoint.every=0", "algorithm.advantage=grpo")
+    assert rl(model, tmp_path / "run", *flags) == 0
+    lines = metrics(tmp_path / "run")
+    found = [line["eval/reward_mean"] for line in lines if "eval/reward_mean" in line]
+    assert found[-1] > found[0] + 0.2
+    with Checkpoints(tmp_path / "run/checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [12]
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("model=nowhere",), r"config.model 'nowhere' is no folder"),
+        (("env.name=nothing",), r"unknown environment 'nothing'; use reverse_text"),
+        (("env.options={",), r"config.env.options is '{', no JSON"),
+        (("env.options=[1]",), r"config.env.options is '\[1\]', no JSON object; write e.g."),
+        (('env.options={"x": 1}',), r"unexpected keyword argument 'x'; it takes seed, fails"),
+        (("eval.tasks=50",), r"config.eval.tasks is 50, and the held-out environment has 40"),
+        (("algorithm.group_size=1",), r"config.algorithm.group_size is 1"),
+        (("rollout.temperature=0.0",), r"config.rollout.temperature is 0.0"),
+        (("seq_len=100",), r"config.seq_len 100 is no positive multiple of 128; use 128"),
+    ],
+)
+def test_bad_input_is_one_line(model, tmp_path, flags, problem):
+    with pytest.raises(ConfigError, match=problem) as error:
+        rl(model, tmp_path / "run", *flags)
+    assert "\n" not in str(error.value)
