@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 # What a line shows: metric, label, format.
 COLUMNS = (
+    ("reward_mean", "reward", "{:.3f}"),
+    ("eval/reward_mean", "eval reward", "{:.3f}"),
     ("loss", "loss", "{:.4f}"),
     ("eval_loss", "eval loss", "{:.4f}"),
     ("grad_norm", "grad norm", "{:.3g}"),

