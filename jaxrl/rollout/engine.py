@@ -26,6 +26,8 @@ from jaxrl.rollout.requests import Completion, Request, Sampling
 from jaxrl.rollout.sampling import Choice
 from jaxrl.rollout.text import TextStream
 
+STOPS = 8  # stop tokens that a sequence has room for before another shape is compiled
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineLimits:
@@ -56,6 +58,23 @@ class EngineLimits:
     def pages(self) -> int:
         """Pages of the cache, the one that is nobody's among them."""
         return -(-(self.cache_tokens or self.slots * self.max_len) // self.page) + 1
+
+    # Programs are compiled for few shapes: sequences in steps of four, lengths in steps of two.
+
+    @property
+    def rows(self) -> list[int]:
+        """Numbers of sequences that are decoded together, rising."""
+        return _falling(self.slots, 4)
+
+    @property
+    def widths(self) -> list[int]:
+        """Numbers of pages that sequences are given room for, rising."""
+        return _falling(-(-self.max_len // self.page), 2)
+
+    def prefill_rows(self, width: int) -> list[int]:
+        """Numbers of prompts of so many pages that are prefilled together, rising."""
+        most = max(1, self.prefill_tokens // (width * self.page))
+        return _falling(min(most, self.slots), 4)
 
 
 @dataclasses.dataclass
@@ -178,6 +197,16 @@ class Engine:
         tokens, logprobs = self._draw()
         return self._take(tokens, logprobs)
 
+    def warm_up(self) -> None:
+        """Compile for every shape there is, so that no request waits for it. Needs weights."""
+        limits = self.limits
+        for width in limits.widths:
+            for rows in limits.prefill_rows(width):
+                self._prefill_batch([[]] * self.devices, width, rows)
+            for rows in limits.rows:
+                self._decode(rows, width)
+        self._copy([(0, NOBODYS, NOBODYS)])
+
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling | None = None
     ) -> list[Request]:
@@ -266,13 +295,14 @@ class Engine:
             count = self._known(first)
             if not count:
                 continue
-            by_length[_bucket(-(-count // size)) * size].append((device, first))
+            by_length[_least(self.limits.widths, -(-count // size))].append((device, first))
             if count % size:
                 begun = count // size
                 copies += [(device, first.pages[begun], s.pages[begun]) for s in alike[1:]]
-        for length, sequences in by_length.items():
-            for part in self._batches(sequences, max(1, self.limits.prefill_tokens // length)):
-                self._prefill_batch(part, length)
+        for width, sequences in by_length.items():
+            rows = self.limits.prefill_rows(width)
+            for part in self._batches(sequences, rows[-1]):
+                self._prefill_batch(part, width, _least(rows, max(map(len, part))))
         self._copy(copies)
 
     def _batches(self, sequences, rows: int) -> Iterator[list[list[_Sequence]]]:
@@ -283,10 +313,10 @@ class Engine:
         while any(queues):
             yield [[q.popleft() for _ in range(min(rows, len(q)))] for q in queues]
 
-    def _prefill_batch(self, parts: Sequence[Sequence[_Sequence]], length: int) -> None:
-        rows = _bucket(max(map(len, parts)))
-        tokens = np.zeros((self.devices, rows, length), np.int32)
-        table = np.full((self.devices, rows, length // self.limits.page), NOBODYS, np.int32)
+    def _prefill_batch(self, parts: Sequence[Sequence[_Sequence]], width: int, rows: int) -> None:
+        """Of each device's sequences, up to `rows` of up to `width` pages."""
+        tokens = np.zeros((self.devices, rows, width * self.limits.page), np.int32)
+        table = np.full((self.devices, rows, width), NOBODYS, np.int32)
         for device, part in enumerate(parts):
             for i, sequence in enumerate(part):
                 known = self._known(sequence)
@@ -309,9 +339,11 @@ class Engine:
 
     def _draw(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and log-probs [steps, devices, rows] of the running sequences."""
-        rows = min(_bucket(max(map(len, self._running))), self.limits.slots)
         used = max(len(s.pages) for running in self._running for s in running)
-        wide = min(_bucket(used), -(-self.limits.max_len // self.limits.page))
+        rows = _least(self.limits.rows, max(map(len, self._running)))
+        return self._decode(rows, _least(self.limits.widths, used))
+
+    def _decode(self, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         stops = max((len(s.stop) for running in self._running for s in running), default=0)
 
         def each(value, dtype, *more: int, empty=0):
@@ -326,10 +358,10 @@ class Engine:
         decoding = Decoding(
             token=each(lambda s: s.tokens[-1], i32),
             position=each(lambda s: s.length - 1, i32),
-            table=each(lambda s: s.pages, i32, wide, empty=NOBODYS),
+            table=each(lambda s: s.pages, i32, width, empty=NOBODYS),
             drawn=each(lambda s: len(s.completion.tokens), i32),
             left=each(lambda s: min(s.left, self.limits.steps), i32),
-            stop=each(lambda s: sorted(s.stop), i32, _bucket(max(stops, 1)), empty=-1),
+            stop=each(lambda s: sorted(s.stop), i32, _bucket(max(stops, STOPS)), empty=-1),
             choice=Choice(
                 temperature=each(lambda s: s.request.sampling.temperature, f32, empty=1),
                 top_k=each(lambda s: s.request.sampling.top_k, i32),
@@ -379,6 +411,19 @@ def _alike(a: _Sequence, b: _Sequence) -> bool:
     return a is b or (
         a.request is b.request and not a.completion.tokens and not b.completion.tokens
     )
+
+
+def _falling(most: int, factor: int) -> list[int]:
+    """`most`, and what is left of it in steps of `factor`, down to 1, rising."""
+    found = [most]
+    while found[-1] > 1:
+        found.append(-(-found[-1] // factor))
+    return found[::-1]
+
+
+def _least(choices: Sequence[int], count: int) -> int:
+    """The least of the rising choices that is enough."""
+    return next(choice for choice in choices if choice >= count)
 
 
 def _bucket(count: int) -> int:

@@ -175,14 +175,14 @@ def test_samples_of_a_prompt_share_its_prefill_and_its_pages(monkeypatch):
     assert made.counts["free_pages"] == made.limits.pages - 1 - 4 - 8
 
 
-def test_nothing_is_compiled_after_the_first_of_each_shape():
-    made = engine()
-    made.generate(prompts(9, seed=2), GREEDY)
+def test_nothing_is_compiled_after_warming_up():
+    made = engine(limits=EngineLimits(slots=4, max_len=16, page=4, steps=3, prefill_tokens=32))
+    made.warm_up()
     before = dict(made.programs.traced)
-    for seed in (3, 4):
-        sampling = Sampling(max_tokens=12, temperature=0.5, top_p=0.9, seed=seed)
-        made.generate(prompts(9, seed=2), sampling)
-        made.generate(prompts(2, seed=2), sampling)
+    assert before == {"prefill": 6, "decode": 6, "copy_pages": 1}
+    for count, seed in ((9, 3), (2, 4), (1, 5)):
+        sampling = Sampling(max_tokens=12, temperature=0.5, top_p=0.9, seed=seed, n=count)
+        made.generate(prompts(count, seed=2, longest=12), sampling)
     assert dict(made.programs.traced) == before
 
 
