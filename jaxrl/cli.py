@@ -4,7 +4,6 @@ The file's `get_config(arg)` returns an ml_collections ConfigDict; `--config=FIL
 argument. The options' own types read the values, so that every refusal names key, value and type.
 """
 
-import dataclasses
 import os
 import pathlib
 import re
@@ -54,14 +53,17 @@ def parse[T](cls: type[T], argv: Sequence[str], usage: str) -> T:
         example = re.search(r"--config=\S+", usage)
         hint = f"; e.g. {example[0]} (--help for more)" if example else ""
         raise ConfigError(f"no --config given{hint}")
-    from_file: Any = from_config(cls, load(source))
-    tree = dataclasses.asdict(from_file)
+    tree = load(source).to_dict()
+    # Before anything is checked: a flag may give what the file leaves open.
     for key, value in overrides.items():
         *sections, name = key.split(".")
-        section = tree
+        section: Any = tree
         for part in sections:
-            section = section[part]
-        section[name] = value
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):  # which is refused below
+                break
+        else:
+            section[name] = value
     return from_config(cls, tree)
 
 

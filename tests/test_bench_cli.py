@@ -14,6 +14,7 @@ from jaxrl import bench, cli
 from jaxrl.config import ConfigError
 from jaxrl.perf import results
 from jaxrl.perf.results import KEYS, Store
+from jaxrl.sft_config import SftConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 FAKE = (sys.executable, str(ROOT / "tests/perf/fake_worker.py"))
@@ -260,3 +261,23 @@ def test_a_disk_that_is_really_full(tiny_disk):
     )
     assert again.returncode == 2 and again.stderr.count("\n") == 1
     assert (tiny_disk / "out/results.jsonl").read_text().splitlines()[: len(lines)] == lines
+
+
+def test_a_flag_gives_what_the_file_leaves_open(tmp_path):
+    """Also where the file alone would be refused, and in a section that it does not have."""
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(): return ConfigDict({'max_steps': 0, 'epochs': 0})\n"
+    )
+    flags = [f"--config={path}", "--config.max_steps=3", "--config.optimizer.b1=0.5"]
+    config = cli.parse(SftConfig, ["sft", *flags], "")
+    assert (config.max_steps, config.epochs, config.optimizer.b1) == (3, 0, 0.5)
+    with pytest.raises(ConfigError, match="max_steps and epochs are both 0"):
+        cli.parse(SftConfig, ["sft", *flags[:1]], "")
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(): return ConfigDict({'optimizer': 3})\n"
+    )
+    with pytest.raises(ConfigError, match=r"config.optimizer is 3; it is a section of options"):
+        cli.parse(SftConfig, ["sft", *flags], "")
