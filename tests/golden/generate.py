@@ -193,7 +193,8 @@ def write_adapter(name: str, targets: tuple[str, ...], seed: int) -> None:
         module = tensor.removesuffix(".weight")
         if module.rpartition(".")[2] in targets:
             out, into = w.shape
-            a, b = torch.randn(RANK, into) / into**0.5, 0.5 * torch.randn(out, RANK)
+            # Not more: attention becomes so sharp that rounding, which differs between CPUs, shows.
+            a, b = torch.randn(RANK, into) / into**0.5, 0.25 * torch.randn(out, RANK)
             tensors[f"base_model.model.{module}.lora_A.weight"] = a
             tensors[f"base_model.model.{module}.lora_B.weight"] = b
     folder = HERE / name / "adapter"
