@@ -26,7 +26,7 @@ class EnvConfig:
 
     name: str = option(
         "reverse_text",
-        "`reverse_text`, `guess_number`, `reasoning_gym`, `verifiers`, or MODULE:CALLABLE.",
+        "`reverse_text`, `guess_number`, `reasoning_gym`, or MODULE:CALLABLE.",
     )
     options: str = option("{}", 'What it is made with, as JSON, e.g. `{"seed": 1}`.')
     workers: int = option(1, "Processes that reply and score.")
@@ -144,6 +144,11 @@ class RlConfig:
         at_least(self, 1, "tasks_per_step", "rows_per_device", "max_steps", "max_bad_steps")
         at_least(self, 1, "log_every")
         check_seq_len(self.seq_len)
+        if self.loss.ref_kl_coef:
+            raise ConfigError(
+                f"loss.ref_kl_coef is {self.loss.ref_kl_coef}, and rollouts carry no log-probs of a "
+                "reference model yet; use 0"
+            )
 
     @property
     def step(self) -> StepConfig:

@@ -55,7 +55,6 @@ KNOWN = {
     "reverse_text": "jaxrl.envs.reverse_text:ReverseText",
     "guess_number": "jaxrl.envs.guess_number:GuessNumber",
     "reasoning_gym": "jaxrl.envs.reasoning_gym:ReasoningGym",
-    "verifiers": "jaxrl.envs.verifiers:Verifiers",
 }
 
 

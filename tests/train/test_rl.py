@@ -133,6 +133,7 @@ def test_learns(model, tmp_path):
         (("eval.tasks=50",), r"config.eval.tasks is 50, and the held-out environment has 40"),
         (("algorithm.group_size=1",), r"config.algorithm.group_size is 1"),
         (("rollout.temperature=0.0",), r"config.rollout.temperature is 0.0"),
+        (("loss.ref_kl_coef=0.1",), r"config.loss.ref_kl_coef is 0.1, .* yet; use 0"),
         (("seq_len=100",), r"config.seq_len 100 is no positive multiple of 128; use 128"),
     ],
 )
