@@ -146,8 +146,8 @@ class RlConfig:
         check_seq_len(self.seq_len)
         if self.loss.ref_kl_coef:
             raise ConfigError(
-                f"loss.ref_kl_coef is {self.loss.ref_kl_coef}, and rollouts carry no log-probs of a "
-                "reference model yet; use 0"
+                f"loss.ref_kl_coef is {self.loss.ref_kl_coef}, and rollouts carry no log-probs of "
+                "a reference model yet; use 0"
             )
 
     @property
