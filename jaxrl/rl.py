@@ -7,7 +7,7 @@ Writes checkpoints, metrics.jsonl, rollouts.jsonl and TensorBoard files into the
 again, it goes on from the newest checkpoint. SIGTERM and Ctrl-C save and end the run. Exit code: 0
 done or stopped, 1 the run gave up (bad gradients), 2 bad input or a disk that is full.
 
-Started on several hosts (see launch/), it is one program over all their devices.
+One process over all devices of one host; several hosts are to come.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from jaxrl.rl_config import RlConfig
 def main(argv: Sequence[str]) -> int:
     """Train as the command line says; returns the exit code."""
     config = cli.parse(RlConfig, argv, __doc__ or "")
-    distributed.initialize()
+    distributed.initialize()  # several processes are refused there
     from jaxrl.train.rl import train
 
     return train(config)

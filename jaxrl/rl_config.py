@@ -1,6 +1,6 @@
-"""The options of `python -m jaxrl.rl`: environment, rollouts, algorithm, training, checkpoints.
+"""The options of `python -m jaxrl.rl`: environment, rollouts, algorithm.
 
-Imports no JAX, as `jaxrl.config`, whose sections of the training step it shares.
+Imports no JAX, as `jaxrl.config`.
 """
 
 # ruff: noqa: RUF009 - `option` and `group` are dataclasses.field
@@ -9,15 +9,9 @@ import dataclasses
 import json
 from typing import Any, Literal
 
-from jaxrl.config import (
-    LoraOptions,
-    LossConfig,
-    OptimizerConfig,
-    StepConfig,
-    check_seq_len,
-)
+from jaxrl.config import LossConfig, StepConfig, check_seq_len
 from jaxrl.options import ConfigError, above, at_least, group, option
-from jaxrl.sft_config import CheckpointConfig, MeshConfig, SftTrainConfig
+from jaxrl.run_config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,43 +100,24 @@ class RlLossConfig(LossConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class RlConfig:
+class RlConfig(RunConfig):
     """`python -m jaxrl.rl`: the model, what it learns from, and how."""
 
-    model: str = option(
-        "", "Checkpoint: a Hugging Face folder, or a model's name on the hub (`Qwen/Qwen3-4B`)."
-    )
-    tokenizer: str = option("", "Folder or name of the tokenizer; default the model's.")
-    chat_template: str = option("", "Jinja file that replaces the tokenizer's chat template.")
     output: str = option("runs/rl", "Folder of the run: checkpoints, metrics, logs.")
+    chat_template: str = option("", "Jinja file that replaces the tokenizer's chat template.")
     env: EnvConfig = group(EnvConfig, "The environment.")
     eval: EvalConfig = group(EvalConfig, "Held-out tasks.")
     rollout: RolloutConfig = group(RolloutConfig, "How completions are drawn.")
     algorithm: AlgorithmConfig = group(AlgorithmConfig, "From rewards to advantages.")
     loss: RlLossConfig = group(RlLossConfig, "The loss.")
-    lora_rank: int = option(0, "Rank of LoRA's adapters; 0 is full fine-tuning.")
-    lora: LoraOptions = group(LoraOptions, "LoRA beside its rank.")
-    optimizer: OptimizerConfig = group(OptimizerConfig, "Optimizer, clipping, schedule.")
-    train: SftTrainConfig = group(SftTrainConfig, "The training step.")
-    mesh: MeshConfig = group(MeshConfig, "How devices share the work.")
     seq_len: int = option(2048, "Tokens of a rollout at most, and of a row; a multiple of 128.")
     tasks_per_step: int = option(16, "Groups that a step trains on.")
-    rows_per_device: int = option(1, "Rows that a device works on at once; the rest accumulates.")
     max_steps: int = option(100, "Optimizer steps.")
-    max_bad_steps: int = option(
-        3, "Steps in a row with a gradient that is not finite after which the run stops."
-    )
-    checkpoint: CheckpointConfig = group(CheckpointConfig, "Checkpoints.")
     seed: int = option(0, "Seed of adapters, of the tasks' order and of what is drawn.")
-    log_every: int = option(1, "Steps between lines on the console.")
-    tensorboard: bool = option(True, "Write TensorBoard files into the output folder.")
-    wandb: str = option("", "Weights & Biases project to log to, if `wandb` is installed.")
-    mlflow: str = option("", "MLflow experiment to log to, if `mlflow` is installed.")
 
     def __post_init__(self):
-        at_least(self, 0, "lora_rank", "seed")
-        at_least(self, 1, "tasks_per_step", "rows_per_device", "max_steps", "max_bad_steps")
-        at_least(self, 1, "log_every")
+        super().__post_init__()
+        at_least(self, 1, "tasks_per_step", "max_steps")
         check_seq_len(self.seq_len)
         if self.loss.ref_kl_coef:
             raise ConfigError(

@@ -36,10 +36,7 @@ class Cache:
         places: Int[Array, "B T"],
     ) -> "Cache":
         """With tokens written into `pages` at `places` within them."""
-        return Cache(
-            self.k.at[layer, pages, places].set(k.astype(self.k.dtype)),
-            self.v.at[layer, pages, places].set(v.astype(self.v.dtype)),
-        )
+        return self._with((layer, pages, places), k, v)
 
     def write_pages(
         self,
@@ -50,13 +47,8 @@ class Cache:
     ) -> "Cache":
         """With whole pages written: T = P x size."""
 
-        def paged(x, like):
-            return x.reshape(*table.shape, *like.shape[2:]).astype(like.dtype)
-
-        return Cache(
-            self.k.at[layer, table].set(paged(k, self.k)),
-            self.v.at[layer, table].set(paged(v, self.v)),
-        )
+        shape = (*table.shape, *self.k.shape[2:])  # [B, T, K, H] -> [B, P, size, K, H]
+        return self._with((layer, table), k.reshape(shape), v.reshape(shape))
 
     def read(
         self, layer: Int[Array, ""], table: Int[Array, "B P"]
@@ -71,9 +63,11 @@ class Cache:
 
     def copy(self, source: Int[Array, " n"], to: Int[Array, " n"]) -> "Cache":
         """With pages copied onto others, in all layers."""
-        return Cache(
-            self.k.at[:, to].set(self.k[:, source]), self.v.at[:, to].set(self.v[:, source])
-        )
+        return self._with((slice(None), to), self.k[:, source], self.v[:, source])
+
+    def _with(self, place, k, v) -> "Cache":
+        dtype = self.k.dtype
+        return Cache(self.k.at[place].set(k.astype(dtype)), self.v.at[place].set(v.astype(dtype)))
 
 
 def attend_cached(

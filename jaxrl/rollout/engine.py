@@ -4,9 +4,6 @@ Waiting sequences are let in as slots and pages are free; all running ones then 
 in one program. Of a prompt's keys all but the last token's are prefilled, once for all of its
 completions, which share those pages; the last token is each completion's first to be decoded. Where
 pages run out, the sequence that came last gives up its own and waits; its tokens stay.
-
-Several processes (`jax.distributed`) each hold an engine over all devices, are asked the same in
-the same order, and all get every token.
 """
 
 import collections

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from jaxrl.options import ConfigError
 
-FINISHED = ("stop", "length", "abort")
-
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:

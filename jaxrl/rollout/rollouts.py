@@ -1,7 +1,6 @@
 """One conversation of the model about a task, as training sees it."""
 
 import dataclasses
-from typing import Any
 
 from jaxrl.envs.protocol import Message, Task
 
@@ -42,11 +41,6 @@ class Rollout:
         """Tokens that the model drew."""
         return sum(self.drawn)
 
-    @property
-    def oldest(self) -> int:
-        """The oldest version of the weights that drew any of it."""
-        return min(v for v in self.versions if v >= 0)
-
 
 @dataclasses.dataclass
 class Group:
@@ -63,12 +57,3 @@ class Group:
     def rewards(self) -> list[float]:
         """Of those that have one."""
         return [rollout.reward for rollout in self.rollouts if rollout.reward is not None]
-
-    def summary(self) -> dict[str, Any]:
-        """For logs: rewards, lengths, failures."""
-        return {
-            "task": self.rollouts[0].task.id,
-            "rewards": [r.reward for r in self.rollouts],
-            "lengths": [r.length for r in self.rollouts],
-            "failures": [r.failure for r in self.rollouts if r.failure],
-        }

@@ -19,7 +19,8 @@ from jaxrl.models.peft import save_adapter
 from jaxrl.models.safetensors_folder import check_new
 from jaxrl.models.transformer import Transformer, merge_trees
 from jaxrl.options import ConfigError, from_config
-from jaxrl.sft_config import MeshConfig, SftConfig, SftTrainConfig
+from jaxrl.run_config import MeshConfig, RunTrainConfig
+from jaxrl.sft_config import SftConfig
 from jaxrl.train.checkpoint import Checkpoints, Restored
 from jaxrl.train.pretrained import completed, kept
 from jaxrl.train.program import sft_program
@@ -66,7 +67,7 @@ def trained_model(
 ) -> tuple[Restored, Transformer]:
     """The run's model with the checkpoint's values, adapters and all, in fp32 in host memory."""
     one = dataclasses.replace(
-        config, mesh=MeshConfig(), rows_per_device=1, train=SftTrainConfig(compute_dtype="float32")
+        config, mesh=MeshConfig(), rows_per_device=1, train=RunTrainConfig(compute_dtype="float32")
     )
     layout = sft_program(one, read_config(base), jax.devices("cpu")[:1]).layout
     abstract = dataclasses.replace(kept(layout, layout.abstract()), opt_state=None)

@@ -23,6 +23,7 @@ from jaxrl.options import ConfigError
 from jaxrl.parallel.context import check_context
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.rl_config import RlConfig
+from jaxrl.run_config import RunConfig
 from jaxrl.sft_config import SftConfig
 from jaxrl.train.batch import BATCH_SPEC, Batch
 from jaxrl.train.offload import HOST
@@ -161,14 +162,14 @@ def rl_program(config: RlConfig, model: ModelConfig, devices: Sequence) -> Progr
     )
 
 
-def _mesh(config: SftConfig | RlConfig, devices: Sequence) -> tuple[Mesh, int]:
+def _mesh(config: RunConfig, devices: Sequence) -> tuple[Mesh, int]:
     """(the mesh, how many rows its devices work on at once)."""
     mesh = make_mesh(devices, expert=config.mesh.expert, context=config.mesh.context)
     return mesh, config.rows_per_device * mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
 def _run_program(
-    config: SftConfig | RlConfig,
+    config: RunConfig,
     model: ModelConfig,
     mesh: Mesh,
     *,

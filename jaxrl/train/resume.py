@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from jaxrl.options import ConfigError, flat, show_value
-from jaxrl.rl_config import RlConfig
-from jaxrl.sft_config import SftConfig
+from jaxrl.run_config import RunConfig
 from jaxrl.train.checkpoint import Checkpoints, Restored
 from jaxrl.train.pretrained import kept
 from jaxrl.train.state import StateLayout
@@ -63,7 +62,7 @@ class Stream(Protocol):
 
 
 def resume(
-    config: SftConfig | RlConfig,
+    config: RunConfig,
     checkpoints: Checkpoints,
     layout: StateLayout,
     stream: Stream,
@@ -94,7 +93,7 @@ def resume(
 
 
 def fork(
-    config: SftConfig | RlConfig,
+    config: RunConfig,
     layout: StateLayout,
     stream: Stream,
     say: Callable[[str], None],
@@ -134,7 +133,7 @@ def _tell(restored: Restored, folder: str, say: Callable[[str], None]) -> None:
     say(f"going on from step {restored.step} of {folder}")
 
 
-def _same_options(config: SftConfig | RlConfig, extra: Mapping[str, Any]) -> None:
+def _same_options(config: RunConfig, extra: Mapping[str, Any]) -> None:
     for key, (now, then) in _changed(config, extra, lambda key: _within(key, FREE)).items():
         raise ConfigError(
             f"config.{key} is {show_value(now)!r}, and the run in {config.output} has "
@@ -144,7 +143,7 @@ def _same_options(config: SftConfig | RlConfig, extra: Mapping[str, Any]) -> Non
 
 
 def _changed(
-    config: SftConfig | RlConfig, extra: Mapping[str, Any], left_out: Callable[[str], bool]
+    config: RunConfig, extra: Mapping[str, Any], left_out: Callable[[str], bool]
 ) -> Mapping[str, tuple[Any, Any]]:
     """(now, then) of the options that differ from the checkpoint's, by dotted key."""
     now, then = flat(dataclasses.asdict(config)), flat(extra["config"])

@@ -23,11 +23,8 @@ from jaxrl.envs.order import TaskOrder
 from jaxrl.envs.protocol import Environment, make_environment
 from jaxrl.models.hf_config import read_config
 from jaxrl.models.transformer import merge_trees
-from jaxrl.monitor import Monitor
 from jaxrl.options import ConfigError
-from jaxrl.parallel.distributed import any_process, global_batch, is_reporter
-from jaxrl.perf.meter import Meter
-from jaxrl.progress import RunConsole
+from jaxrl.parallel.distributed import global_batch
 from jaxrl.rl_config import RlConfig, parsed
 from jaxrl.rollout.collector import Collector
 from jaxrl.rollout.engine import Engine, EngineLimits
@@ -36,39 +33,28 @@ from jaxrl.rollout.requests import Sampling
 from jaxrl.rollout.rollouts import Group, Rollout
 from jaxrl.train.advantages import group_advantages, is_flat, length_penalty
 from jaxrl.train.batch import Batch
-from jaxrl.train.checkpoint import Checkpoints, Restored
-from jaxrl.train.pretrained import completed, find_checkpoint, kept, load_state
+from jaxrl.train.pretrained import find_checkpoint
 from jaxrl.train.program import Program, rl_program
-from jaxrl.train.resume import resume
 from jaxrl.train.rl_batch import RlRows, pack_rollouts
-from jaxrl.train.session import make_meter, open_monitor
+from jaxrl.train.session import GAVE_UP, Session, begin, due
 from jaxrl.train.signals import StopSignals
 from jaxrl.train.state import TrainState
 
-GAVE_UP = 1
 # Groups in a row that teach nothing after which the run says that it goes on waiting.
 PATIENCE = 5
 
 
-@dataclasses.dataclass
-class Run:
-    """What the loop works with. `counts`, since the run began: of rollouts, groups and updates."""
+@dataclasses.dataclass(kw_only=True)
+class Run(Session):
+    """What the loop works with. `counts`: of rollouts, groups and updates."""
 
     config: RlConfig
-    program: Program
     engine: Engine
     environment: Environment
     collector: Collector
     order: TaskOrder
     evaluation: "Evaluation | None"
     tokenizer: Tokenizer
-    checkpoints: Checkpoints
-    monitor: Monitor
-    console: RunConsole
-    meter: Meter
-    source: Mapping[str, Any]  # what every checkpoint tells of the run, beside its place
-    counts: collections.Counter
-    bad_in_a_row: int = 0
 
 
 @dataclasses.dataclass
@@ -103,97 +89,91 @@ def train(config: RlConfig) -> int:
 
     Raises ConfigError for input that cannot be used, `cli.OutputError` for a disk that is full.
     """
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"jaxrl.rl was started as {jax.process_count()} processes, and is one program over one "
+            "host's devices so far; start one"
+        )
     options = parsed(config.env.options, "env.options")
     environment = make_environment(config.env.name, options)  # before a model is downloaded
-    held_out = options | parsed(config.eval.options, "eval.options")
+    held_out_options = options | parsed(config.eval.options, "eval.options")
+    held_out = held_out_environment(config, held_out_options)
     folder = find_checkpoint(config.model)
     model = read_config(folder)
     tokenizer = load_tokenizer(config.tokenizer or folder, model.vocab_size, config.chat_template)
     program = rl_program(config, model, jax.devices())
     order = TaskOrder(len(environment), config.seed)
-    output = pathlib.Path(config.output)
     with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(
-            output / "checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            keep_every=config.checkpoint.keep_every,
+        session, state, step = begin(
+            "rl",
+            config,
+            program,
+            folder,
+            order,
+            total=config.max_steps,
+            first=describe(config, program, environment),
+            stack=stack,
         )
-        stack.enter_context(checkpoints)
-        said = [describe(config, program, environment)]
-        restored = resume(config, checkpoints, program.layout, order, said.append)
-        fresh = restored is None
-        if restored is None:
-            state = load_state(program.layout, folder, jax.random.key(config.seed))
-            restored = Restored(0, state, {})
-        else:
-            state = completed(program.layout, restored.state, folder)
-        console = RunConsole(
-            config.max_steps, restored.step, every=config.log_every, quiet=not is_reporter()
-        )
-        for line in said:
-            console.say(line)
         engine = make_engine(config, program, tokenizer)
-        isolated = stack.enter_context(isolate(config, options))
+        evaluation = None
+        if held_out is not None:
+            temperature = config.eval.temperature
+            collector = make_collector(
+                config,
+                engine,
+                held_out,
+                held_out_options,
+                tokenizer,
+                stack,
+                group_size=config.eval.samples,
+                temperature=temperature if temperature >= 0 else config.rollout.temperature,
+            )
+            evaluation = Evaluation(held_out, collector, config.eval.tasks, config.eval.solved)
         run = Run(
+            **vars(session),
             config=config,
-            program=program,
             engine=engine,
             environment=environment,
-            collector=Collector(
+            collector=make_collector(
+                config,
                 engine,
                 environment,
-                isolated,
+                options,
                 tokenizer,
+                stack,
                 group_size=config.algorithm.group_size,
-                sampling=sampling(config),
-                max_len=config.seq_len,
-                max_turns=config.env.max_turns,
+                temperature=config.rollout.temperature,
             ),
             order=order,
-            evaluation=make_evaluation(config, engine, tokenizer, held_out, stack),
+            evaluation=evaluation,
             tokenizer=tokenizer,
-            checkpoints=checkpoints,
-            monitor=stack.enter_context(
-                open_monitor(config, output, -1 if fresh else restored.step)
-            ),
-            console=stack.enter_context(console),
-            meter=make_meter(config, program),
-            source={
-                "kind": "rl",
-                "config": dataclasses.asdict(config),
-                "model_folder": str(folder.absolute()),
-            },
-            counts=collections.Counter(restored.extra.get("counts", {})),
         )
-        return fit(run, state, restored.step)
+        return fit(run, state, step)
 
 
 def fit(run: Run, state: TrainState, step: int) -> int:
     """The loop, from `step` on; returns the exit code. The last state is saved, and evaluated
     unless the run was stopped or gave up."""
-    config, stopped, saved = run.config, False, step
+    config, stopped = run.config, False
     if step == 0 and run.evaluation is not None:
         update(run, state, step)
         values = run.evaluation()
         run.monitor.log(0, values)
         run.console.step(0, values)
     with StopSignals() as stop:
-        while step < config.max_steps and not stopped and not gave_up(run):
+        while step < config.max_steps and not stopped and not run.gave_up:
             step += 1
             state, values = one_step(run, state, step)
-            stopped = any_process(stop.requested)
-            ends = stopped or gave_up(run) or step == config.max_steps
-            if run.evaluation is not None and (
-                _due(config.eval.every, step) or (step == config.max_steps and not gave_up(run))
-            ):
+            stopped, last = stop.requested, step == config.max_steps
+            cut_short = stopped or run.gave_up
+            evaluate = not cut_short and (last or due(config.eval.every, step))
+            if run.evaluation is not None and evaluate:
                 update(run, state, step)
                 values |= run.evaluation()
             run.monitor.log(step, values)
             run.console.step(step, values)
-            if ends or _due(config.checkpoint.every, step):
-                save(run, state, saved := step)
-        if step != saved:
-            save(run, state, step)
+            if cut_short or last or due(config.checkpoint.every, step):
+                run.save(state, step, place(run))
         run.checkpoints.wait()
     return report(run, step, stopped)
 
@@ -332,8 +312,6 @@ def statistics(groups: Sequence[Group], version: int) -> dict[str, float]:
 
 def trace(run: Run, groups: Sequence[Group], step: int) -> None:
     """Every rollout as a line of rollouts.jsonl, the step's first ones as TensorBoard text."""
-    if not is_reporter():
-        return
     with (pathlib.Path(run.config.output) / "rollouts.jsonl").open("a", encoding="utf-8") as file:
         for group, rollout in ((g, r) for g in groups for r in g.rollouts):
             line = {
@@ -375,21 +353,9 @@ def device_batch(program: Program, rows: RlRows) -> Batch:
     return global_batch(program.abstract_batch(), make)
 
 
-def save(run: Run, state: TrainState, step: int) -> None:
-    """Begin to write a checkpoint of `step`. Groups that are in flight are begun again by a run
-    that goes on from it."""
-    held = kept(run.program.layout, state)
-    place = run.order.get_state(run.collector.in_flight)
-    extra = {"data": place, "counts": dict(run.counts)}
-    run.checkpoints.save(step, held, {**run.source, **extra})
-
-
-def gave_up(run: Run) -> bool:
-    return run.bad_in_a_row >= run.config.max_bad_steps
-
-
-def _due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
+def place(run: Run) -> dict[str, Any]:
+    """Where the run is among its tasks. Groups that are in flight are begun again."""
+    return run.order.get_state(run.collector.in_flight)
 
 
 def report(run: Run, step: int, stopped: bool) -> int:
@@ -397,7 +363,7 @@ def report(run: Run, step: int, stopped: bool) -> int:
     say, output = run.console.say, run.config.output
     counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in run.counts.items() if n)
     say(f"so far: {counts or 'nothing'}")
-    if gave_up(run):
+    if run.gave_up:
         say(
             f"gave up at step {step}: {run.bad_in_a_row} gradients in a row were not finite; the "
             "checkpoint of this step has the parameters as they were before",
@@ -424,18 +390,6 @@ def describe(config: RlConfig, program: Program, environment: Environment) -> st
     )
 
 
-def sampling(config: RlConfig, temperature: float | None = None) -> Sampling:
-    """How turns are drawn."""
-    options = config.rollout
-    return Sampling(
-        max_tokens=options.max_tokens,
-        temperature=options.temperature if temperature is None else temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-    )
-
-
 def make_engine(config: RlConfig, program: Program, tokenizer: Tokenizer) -> Engine:
     options, layout = config.rollout, program.layout
     return Engine(
@@ -458,36 +412,47 @@ def make_engine(config: RlConfig, program: Program, tokenizer: Tokenizer) -> Eng
     )
 
 
-def isolate(config: RlConfig, options: Mapping[str, Any]) -> Isolated:
-    env = config.env
-    return Isolated(env.name, options, workers=env.workers, timeout_s=env.timeout_s)
-
-
-def make_evaluation(
+def make_collector(
     config: RlConfig,
     engine: Engine,
-    tokenizer: Tokenizer,
+    environment: Environment,
     options: Mapping[str, Any],
+    tokenizer: Tokenizer,
     stack: contextlib.ExitStack,
-) -> Evaluation | None:
-    wanted = config.eval
-    if not wanted.tasks:
-        return None
-    environment = make_environment(config.env.name, options)
-    if len(environment) < wanted.tasks:
-        raise ConfigError(
-            f"config.eval.tasks is {wanted.tasks}, and the held-out environment has "
-            f"{len(environment)}; make it with more in config.eval.options"
-        )
-    temperature = wanted.temperature if wanted.temperature >= 0 else None
-    collector = Collector(
+    *,
+    group_size: int,
+    temperature: float,
+) -> Collector:
+    """Of rollouts of an environment that was made with `options`."""
+    env, rollout = config.env, config.rollout
+    isolated = Isolated(env.name, options, workers=env.workers, timeout_s=env.timeout_s)
+    return Collector(
         engine,
         environment,
-        stack.enter_context(isolate(config, options)),
+        stack.enter_context(isolated),
         tokenizer,
-        group_size=wanted.samples,
-        sampling=sampling(config, temperature),
+        group_size=group_size,
+        sampling=Sampling(
+            max_tokens=rollout.max_tokens,
+            temperature=temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            min_p=rollout.min_p,
+        ),
         max_len=config.seq_len,
-        max_turns=config.env.max_turns,
+        max_turns=env.max_turns,
     )
-    return Evaluation(environment, collector, wanted.tasks, wanted.solved)
+
+
+def held_out_environment(config: RlConfig, options: Mapping[str, Any]) -> Environment | None:
+    """The one of evaluations; None without any."""
+    wanted = config.eval.tasks
+    if not wanted:
+        return None
+    environment = make_environment(config.env.name, options)
+    if len(environment) < wanted:
+        raise ConfigError(
+            f"config.eval.tasks is {wanted}, and the held-out environment has {len(environment)}; "
+            "make it with more in config.eval.options"
+        )
+    return environment

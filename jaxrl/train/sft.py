@@ -18,42 +18,27 @@ from jaxrl.data.pipeline import Batches, GlobalBatch, batches, validation_batche
 from jaxrl.data.sources import Samples, hold_out, open_samples
 from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrl.models.hf_config import read_config
-from jaxrl.monitor import Monitor
 from jaxrl.options import ConfigError
 from jaxrl.parallel.distributed import any_process, global_batch, is_reporter
-from jaxrl.perf.meter import Meter
-from jaxrl.progress import RunConsole
 from jaxrl.sft_config import SftConfig
 from jaxrl.train.batch import Batch
-from jaxrl.train.checkpoint import Checkpoints, Restored
 from jaxrl.train.evaluate import Evaluation
-from jaxrl.train.pretrained import completed, find_checkpoint, kept, load_state
+from jaxrl.train.pretrained import find_checkpoint
 from jaxrl.train.profile import Profile
 from jaxrl.train.program import Program, sft_program
-from jaxrl.train.resume import resume
-from jaxrl.train.session import make_meter, open_monitor
+from jaxrl.train.session import GAVE_UP, Session, begin, due
 from jaxrl.train.signals import StopSignals
 from jaxrl.train.state import TrainState
 
-GAVE_UP = 1
 
-
-@dataclasses.dataclass
-class Run:
-    """What the loop works with. `counts`, since the run began: of samples and of updates."""
+@dataclasses.dataclass(kw_only=True)
+class Run(Session):
+    """What the loop works with. `counts`: of samples and of updates."""
 
     config: SftConfig
-    program: Program
     evaluation: Evaluation
     stream: Batches
     held_out: Callable[[], Batches] | None
-    checkpoints: Checkpoints
-    monitor: Monitor
-    console: RunConsole
-    meter: Meter
-    source: Mapping[str, Any]  # what every checkpoint tells of the run, beside its place
-    counts: collections.Counter
-    bad_in_a_row: int = 0
     clock: float = 0.0
     recent: collections.deque = dataclasses.field(default_factory=collections.deque)
 
@@ -89,29 +74,21 @@ def train(config: SftConfig) -> int:
     )
     total = config.max_steps or stream.estimated_steps()
     program = sft_program(config, model, jax.devices(), total_steps=total)
-    output = pathlib.Path(config.output)
     with contextlib.ExitStack() as stack:
         stack.callback(stream.close)
-        checkpoints = Checkpoints(
-            output / "checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            keep_every=config.checkpoint.keep_every,
+        session, state, step = begin(
+            "sft",
+            config,
+            program,
+            folder,
+            stream,
+            total=total,
+            first=describe(config, program, samples, total),
+            stack=stack,
         )
-        stack.enter_context(checkpoints)
-        said = [describe(config, program, samples, total)]
-        restored = resume(config, checkpoints, program.layout, stream, said.append)
-        fresh = restored is None
-        if restored is None:
-            state = load_state(program.layout, folder, jax.random.key(config.seed))
-            restored = Restored(0, state, {})
-        else:
-            state = completed(program.layout, restored.state, folder)
-        console = RunConsole(total, restored.step, every=config.log_every, quiet=not is_reporter())
-        for line in said:
-            console.say(line)
         run = Run(
+            **vars(session),
             config=config,
-            program=program,
             evaluation=Evaluation(program.step),
             stream=stream,
             held_out=functools.partial(
@@ -123,21 +100,9 @@ def train(config: SftConfig) -> int:
             )
             if held_out is not None
             else None,
-            checkpoints=checkpoints,
-            monitor=stack.enter_context(
-                open_monitor(config, output, -1 if fresh else restored.step)
-            ),
-            console=stack.enter_context(console),
-            meter=make_meter(config, program),
-            source={
-                "kind": "sft",
-                "config": dataclasses.asdict(config),
-                "model_folder": str(folder.absolute()),
-            },
-            counts=collections.Counter(restored.extra.get("counts", {})),
         )
-        run.monitor.text("samples", sample_text(stream, tokenizer), restored.step)
-        return fit(run, state, restored.step)
+        run.monitor.text("samples", sample_text(stream, tokenizer), step)
+        return fit(run, state, step)
 
 
 def fit(run: Run, state: TrainState, step: int) -> int:
@@ -166,30 +131,30 @@ def fit(run: Run, state: TrainState, step: int) -> int:
             last, done = done, Pending(step, metrics, batch, waited)
             if last is not None:
                 finish(run, last)
-            if gave_up(run):
+            if run.gave_up:
                 break
             stopped = any_process(stop.requested)
             try:
                 batch, waited = following(run, step, stopped)
             except ConfigError:  # a sample that cannot be used: nothing before it is lost
                 finish(run, done)
-                save(run, state, step, place)
+                run.save(state, step, place)
                 raise
             ends = batch is None
-            keep = ends or _due(config.checkpoint.every, step)
-            evaluate = not stopped and (ends or _due(config.eval_every, step))
+            keep = ends or due(config.checkpoint.every, step)
+            evaluate = not stopped and (ends or due(config.eval_every, step))
             if evaluate or keep or profile.ends(step):
                 finish(run, done, state if evaluate else None)
                 done = None
-            if gave_up(run):
+            if run.gave_up:
                 break
             if keep:
-                save(run, state, saved := step, place)
+                run.save(state, saved := step, place)
             profile.after(step)
         if done is not None:
             finish(run, done)
         if step != saved:
-            save(run, state, step, place)
+            run.save(state, step, place)
         run.checkpoints.wait()
     return report(run, step, stopped)
 
@@ -201,14 +166,6 @@ def following(run: Run, step: int, stopped: bool = False) -> tuple[GlobalBatch |
     began = time.perf_counter()
     batch = next(run.stream, None)  # None: all epochs are through
     return batch, time.perf_counter() - began
-
-
-def gave_up(run: Run) -> bool:
-    return run.bad_in_a_row >= run.config.max_bad_steps
-
-
-def _due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def finish(run: Run, done: Pending, state: TrainState | None = None) -> None:
@@ -258,13 +215,6 @@ def validate(run: Run, state: TrainState) -> dict[str, float]:
     return {"eval_loss": total["loss"] / total["tokens"], "eval_tokens": total["tokens"]}
 
 
-def save(run: Run, state: TrainState, step: int, place: Any) -> None:
-    """Begin to write a checkpoint of `step`, which all metrics were told of; `place`: in the data,
-    behind its batch."""
-    held, extra = kept(run.program.layout, state), {"data": place, "counts": dict(run.counts)}
-    run.checkpoints.save(step, held, {**run.source, **extra})
-
-
 def device_batch(program: Program, batch: GlobalBatch) -> Batch:
     """The rows [B, T] of a global batch as micro-batches on the devices; each process moves its
     own."""
@@ -290,7 +240,7 @@ def report(run: Run, step: int, stopped: bool) -> int:
     say, output = run.console.say, run.config.output
     counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in run.counts.items() if n)
     say(f"data so far: {counts or 'nothing'}")
-    if gave_up(run):
+    if run.gave_up:
         folder = write_aside(run)
         say(
             f"gave up at step {step}: {run.bad_in_a_row} gradients in a row were not finite. Their "

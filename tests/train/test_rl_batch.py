@@ -63,9 +63,3 @@ def test_rows_that_do_not_fit_are_refused():
     rollouts = [rollout(40, i) for i in range(5)]
     with pytest.raises(ValueError, match="5 rows, and 2 micro-batches hold 2 each"):
         pack_rollouts(rollouts, [1.0] * 5, seq_len=64, rows=2, micro_batches=2, pad_id=PAD)
-
-
-def test_a_rollout_knows_its_age_and_its_length():
-    made = rollout(12, 1)
-    made.draw([5], [-1.0], [1])
-    assert (made.length, made.oldest, len(made.tokens)) == (8, 1, 13)

@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_run import metrics, tiny_checkpoint, write_chats, write_config
+from tiny_run import metrics, write_config, write_inputs
 
 from jaxrl.options import ConfigError
 from jaxrl.sft import main
@@ -16,11 +16,7 @@ from jaxrl.train.checkpoint import Checkpoints
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_checkpoint(folder / "model")
-    write_chats(folder / "train.jsonl", 60)
-    write_chats(folder / "validation.jsonl", 20, seed=1)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def sft(inputs, output, *flags, train: str = "train.jsonl") -> int:

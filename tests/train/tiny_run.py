@@ -53,6 +53,14 @@ def write_chats(file: pathlib.Path, count: int, seed: int = 0) -> pathlib.Path:
     return file
 
 
+def write_inputs(folder: pathlib.Path) -> pathlib.Path:
+    """model, train.jsonl and validation.jsonl in `folder`."""
+    tiny_checkpoint(folder / "model")
+    write_chats(folder / "train.jsonl", 60)
+    write_chats(folder / "validation.jsonl", 20, seed=1)
+    return folder
+
+
 CONFIG = """
 from jaxrl.config import default_config
 from jaxrl.sft_config import SftConfig

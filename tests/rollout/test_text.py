@@ -1,0 +1,31 @@
+"""Text as its tokens come, and the stop texts that end it."""
+
+import pytest
+from tiny_run import tiny_checkpoint
+
+from jaxrl.data.tokenizer import load_tokenizer
+from jaxrl.rollout.text import TextStream
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    return load_tokenizer(tiny_checkpoint(tmp_path_factory.mktemp("model")), 264).hf
+
+
+def streamed(hf, text, *stop):
+    """(the text, how many tokens it took until a stop text was there, or None)."""
+    stream = TextStream(hf, stop)
+    for count, token in enumerate(hf(text, add_special_tokens=False).input_ids, 1):
+        if stream.add(token):
+            return stream.text, count
+    return stream.text, None
+
+
+def test_text_is_what_the_tokens_say_characters_of_several_tokens_too(hf):
+    assert streamed(hf, "Grüße, 世界!<|im_end|>") == ("Grüße, 世界!", None)
+
+
+def test_a_stop_text_ends_it_and_is_no_part_of_it(hf):
+    assert streamed(hf, "one. two. three", "two") == ("one. ", 8)
+    assert streamed(hf, "one. two. three", "xx", "wo. t") == ("one. t", 11)
+    assert streamed(hf, "aab", "ab", "b") == ("a", 3)  # the one that begins first
