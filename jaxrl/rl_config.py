@@ -64,9 +64,23 @@ class RolloutConfig:
     page: int = option(32, "Tokens to a page of the cache.")
     decode_steps: int = option(8, "Tokens drawn between two looks at what is waiting.")
     prefill_tokens: int = option(4096, "Prompt tokens that are prefilled together.")
+    max_staleness: int = option(
+        0,
+        "Updates that rollouts may be behind the weights that learn from them; older ones are "
+        "dropped. 0: rollouts and updates in turns, more: at the same time.",
+    )
+
+    servers: tuple[str, ...] = option(
+        (), "URLs of servers that draw the rollouts; none: the trainer's own devices do."
+    )
+    server_kind: Literal["jaxrl", "vllm", "sglang"] = option("jaxrl", "What those servers are.")
+    server_timeout_s: float = option(
+        600.0, "Seconds for an answer of theirs, and without any of them, before it is given up."
+    )
 
     def __post_init__(self):
-        at_least(self, 0, "max_tokens", "top_k", "min_p", "cache_tokens")
+        above(self, 0, "server_timeout_s")
+        at_least(self, 0, "max_tokens", "top_k", "min_p", "cache_tokens", "max_staleness")
         above(self, 0, "temperature", "top_p")
         at_least(self, 1, "slots", "page", "decode_steps", "prefill_tokens")
 
@@ -86,6 +100,21 @@ class AlgorithmConfig:
     def __post_init__(self):
         at_least(self, 2, "group_size")
         at_least(self, 0, "length_penalty", "length_margin")
+
+
+@dataclasses.dataclass(frozen=True)
+class CurriculumConfig:
+    """Which tasks are asked less often, after a group whose mean reward says that the model always
+    or never solves them."""
+
+    use: Literal["none", "easy", "hard", "both"] = option("none", "Which tasks are put aside.")
+    easy: float = option(1.0, "Mean reward from which a task is easy.")
+    hard: float = option(0.0, "Mean reward up to which a task is hard.")
+    easy_share: float = option(0.0, "Of an easy task's turns, the share at which it is asked.")
+    hard_share: float = option(0.0, "Of a hard task's turns, the share at which it is asked.")
+
+    def __post_init__(self):
+        at_least(self, 0, "easy_share", "hard_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +138,7 @@ class RlConfig(RunConfig):
     eval: EvalConfig = group(EvalConfig, "Held-out tasks.")
     rollout: RolloutConfig = group(RolloutConfig, "How completions are drawn.")
     algorithm: AlgorithmConfig = group(AlgorithmConfig, "From rewards to advantages.")
+    curriculum: CurriculumConfig = group(CurriculumConfig, "Tasks that are asked less often.")
     loss: RlLossConfig = group(RlLossConfig, "The loss.")
     seq_len: int = option(2048, "Tokens of a rollout at most, and of a row; a multiple of 128.")
     tasks_per_step: int = option(16, "Groups that a step trains on.")
@@ -119,11 +149,6 @@ class RlConfig(RunConfig):
         super().__post_init__()
         at_least(self, 1, "tasks_per_step", "max_steps")
         check_seq_len(self.seq_len)
-        if self.loss.ref_kl_coef:
-            raise ConfigError(
-                f"loss.ref_kl_coef is {self.loss.ref_kl_coef}, and rollouts carry no log-probs of "
-                "a reference model yet; use 0"
-            )
 
     @property
     def step(self) -> StepConfig:

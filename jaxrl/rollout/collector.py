@@ -4,7 +4,6 @@ Everything is in flight at once: while some rollouts' tokens are drawn, others w
 reward in the environment's processes.
 """
 
-import collections
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,10 @@ class Generates(Protocol):
     @property
     def busy(self) -> bool: ...
 
+    def prepare(self, weights: Any, version: int) -> Any: ...
+
+    def set_weights(self, weights: Any, version: int) -> None: ...
+
     def submit(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Request: ...
 
     def step(self) -> Any: ...
@@ -47,7 +50,7 @@ class Collector:
 
     isolated: runs the environment's replies and rewards. max_len: tokens of a whole rollout;
     max_turns: turns of the model. A rollout that fails, in whatever way, is in its group, without a
-    reward. `counts`: of rollouts, and of failures by reason.
+    reward.
     """
 
     def __init__(
@@ -66,7 +69,6 @@ class Collector:
         self.single = isinstance(environment, SingleTurn)
         self.group_size, self.sampling = group_size, sampling
         self.max_len, self.max_turns = max_len, max_turns
-        self.counts: collections.Counter = collections.Counter()
         self._turns: list[_Turn] = []
         self._replies: list[tuple[Rollout, Group, Future[Outcome]]] = []
         self._scores: list[tuple[Rollout, Group, Future[Outcome]]] = []
@@ -85,7 +87,6 @@ class Collector:
         group = Group(number, [Rollout(task) for _ in range(self.group_size)])
         self._groups[number], self._waiting[number] = group, self.group_size
         self._seeds[number] = seed
-        self.counts["rollouts"] += self.group_size
         for rollout in group.rollouts:
             rollout.messages = list(task.messages)
         try:
@@ -176,9 +177,6 @@ class Collector:
 
     def _end(self, rollout: Rollout, group: Group, failure: str | None = None) -> None:
         rollout.failure = failure
-        if failure:
-            self.counts["failed"] += 1
-            self.counts[f"failed: {failure.partition(':')[0]}"] += 1
         self._waiting[group.number] -= 1
         if not self._waiting[group.number]:
             for known in (self._waiting, self._groups, self._seeds):

@@ -8,6 +8,8 @@ devices. Each shape is compiled once; the engine chooses among few.
 import collections
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from jaxrl.ops.attention import resolve_attention
 from jaxrl.ops.grouped_matmul import resolve_grouped_matmul
 from jaxrl.ops.registry import Target
 from jaxrl.parallel import vocab
+from jaxrl.parallel.dispatch import in_order
 from jaxrl.parallel.expert import make_exchange
 from jaxrl.parallel.mesh import CPU_OPTIONS
 from jaxrl.parallel.sharding import EVERYWHERE, check_divides, gather, partition_spec
@@ -81,15 +84,18 @@ class Programs:
         self.partition = nest({p: partition_spec(s.axes) for p, s in declared.items()})
         self._fp32 = nest({p: s.fp32 for p, s in declared.items()})
         self._experts = self._expert_ops(grouped_matmul)
+        self._copy: Callable[[Any], Any] | None = None
         replicated = PartitionSpec()
         options = CPU_OPTIONS if self.target.backend == "cpu" and mesh.size > 1 else None
         jit = functools.partial(jax.jit, compiler_options=options)
         over = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-        self.prefill = jit(
-            over(self._prefill, in_specs=(self.partition, PAGES, ROWS, ROWS), out_specs=PAGES),
-            donate_argnums=1,
+        self.prefill = in_order(
+            jit(
+                over(self._prefill, in_specs=(self.partition, PAGES, ROWS, ROWS), out_specs=PAGES),
+                donate_argnums=1,
+            )
         )
-        self.decode = jit(
+        decode = jit(
             lambda weights, cache, decoding, steps: over(
                 functools.partial(self._decode, steps=steps),
                 in_specs=(self.partition, PAGES, ROWS),
@@ -98,10 +104,23 @@ class Programs:
             donate_argnums=1,
             static_argnums=3,
         )
-        self.copy_pages = jit(
-            over(self._copy_pages, in_specs=(PAGES, ROWS, ROWS), out_specs=PAGES),
-            donate_argnums=0,
+        self.decode = in_order(decode)
+        self.copy_pages = in_order(
+            jit(
+                over(self._copy_pages, in_specs=(PAGES, ROWS, ROWS), out_specs=PAGES),
+                donate_argnums=0,
+            )
         )
+
+    def copy_weights(self, weights: Any) -> Any:
+        """A copy of parameters, in the dtypes that they are used in."""
+        if self._copy is None:
+
+            def copy(a: jax.Array, wide: bool) -> jax.Array:
+                return jnp.array(a, jnp.float32 if wide else self.dtype, copy=True)
+
+            self._copy = jax.jit(lambda weights: jax.tree.map(copy, weights, self._fp32))
+        return self._copy(weights)
 
     def make_cache(self, pages: int, page_size: int) -> Cache:
         """Of `pages` pages on every device."""

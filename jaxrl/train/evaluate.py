@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl.ops.tokenwise import tokenwise
 from jaxrl.train.batch import BATCH_SPEC, Batch, Predictions
 from jaxrl.train.gradients import Gradients
 from jaxrl.train.state import TrainState
@@ -50,14 +49,8 @@ class _Losses(Gradients):
 
     def loss(self, params, frozen, batch: Predictions):
         """Of one micro-batch [B, T], on this device."""
-        x, *_ = self.forward(params, frozen, batch)
-        _, (trainable, fixed) = self.head_params(params, frozen)
-        inputs = (x.reshape(-1, x.shape[-1]), batch.targets.reshape(-1))
-        with jax.named_scope("head"):
-            chunk = self.config.head_chunk
-            values, _ = tokenwise(self.logprobs, trainable, fixed, inputs, chunk=chunk)
-        mask = batch.mask.reshape(-1)
+        values = self.token_logprobs(params, frozen, batch)
         return {
-            "loss": -jnp.sum(jnp.where(mask, values, 0.0)),
-            "tokens": jnp.sum(mask, dtype=jnp.float32),
+            "loss": -jnp.sum(jnp.where(batch.mask, values, 0.0)),
+            "tokens": jnp.sum(batch.mask, dtype=jnp.float32),
         }

@@ -79,21 +79,20 @@ class Gradients:
 
     def over_used(self, micro, zeros, batch: Predictions):
         """(gradients, summed metrics) of the micro-batches up to the last with a trained token."""
-        count = jnp.arange(1, batch.mask.shape[0] + 1)
-        used = jnp.max(jnp.where(jnp.any(batch.mask, axis=(1, 2)), count, 0))
-        if self.size > 1:
-            used = jax.lax.pmax(used, EVERYWHERE)
-
-        def one(i):
-            return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), batch)
 
         def body(i, carry):
-            grads, found = micro(carry[0], one(i))
+            grads, found = micro(carry[0], one(batch, i))
             return grads, jax.tree.map(jnp.add, carry[1], found)
 
-        _, shapes = jax.eval_shape(micro, zeros, one(0))
+        _, shapes = jax.eval_shape(micro, zeros, one(batch, 0))
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.fori_loop(0, used, body, (zeros, nothing))
+        return jax.lax.fori_loop(0, self.used(batch), body, (zeros, nothing))
+
+    def used(self, batch: Predictions) -> Int[Array, ""]:
+        """The number of micro-batches up to the last that any device has a trained token in."""
+        count = jnp.arange(1, batch.mask.shape[0] + 1)
+        used = jnp.max(jnp.where(jnp.any(batch.mask, axis=(1, 2)), count, 0))
+        return jax.lax.pmax(used, EVERYWHERE) if self.size > 1 else used
 
     def micro_batch(self, params, frozen, scale, grads, batch: Predictions):
         """(grads + this micro-batch's, summed metrics); arrays of the batch are [B, T]."""
@@ -231,6 +230,16 @@ class Gradients:
         metrics["entropy"] = jnp.sum(jnp.where(flat_mask, entropy, 0.0))
         return grads, dx, metrics
 
+    def token_logprobs(self, params, frozen, batch: Predictions):
+        """Log-prob of each of a micro-batch's targets [B, T], without a gradient."""
+        x, *_ = self.forward(params, frozen, batch)
+        _, (trainable, fixed) = self.head_params(params, frozen)
+        inputs = (x.reshape(-1, x.shape[-1]), batch.targets.reshape(-1))
+        with jax.named_scope("head"):
+            chunk = self.config.head_chunk
+            values, _ = tokenwise(self.logprobs, trainable, fixed, inputs, chunk=chunk)
+        return values.reshape(batch.targets.shape)
+
     def head_params(self, params, frozen):
         """(name of the head's matrix, (trainable, frozen) parameters of final norm and head)."""
         name = "embed" if self.model.config.tie_embeddings else "head"
@@ -272,3 +281,8 @@ class Gradients:
 
     def sum_devices(self, x):
         return jax.lax.psum(x, EVERYWHERE) if self.size > 1 else x
+
+
+def one(batch: Predictions, i) -> Predictions:
+    """Micro-batch number `i`."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), batch)

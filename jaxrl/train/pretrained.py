@@ -70,6 +70,15 @@ def load_state(layout: StateLayout, folder: str | Path, key: jax.Array) -> Train
     return TrainState(step, params, frozen, opt_state)
 
 
+def base_params(layout: StateLayout, folder: str | Path, dtype: Any) -> tuple[Any, Any]:
+    """(trainable, frozen) parameters of full fine-tuning as they are in the folder, in `dtype`.
+    Raises as `load_state` does."""
+    values = _base(layout, folder, dtype)
+    trees = (layout.trainable_specs, layout.frozen_specs)
+    trainable, frozen = (nest({p: values[p] for p in tree}) for tree in trees)
+    return trainable, frozen
+
+
 def kept(layout: StateLayout, state: TrainState) -> TrainState:
     """What of a state a run's checkpoint holds: all of it, but of the base that LoRA leaves as it
     is only what is no parameter (routers' biases)."""
@@ -91,8 +100,10 @@ def completed(layout: StateLayout, state: TrainState, folder: str | Path) -> Tra
     return dataclasses.replace(state, frozen=nest(base))
 
 
-def _base(layout: StateLayout, folder: str | Path) -> dict[tuple[str, ...], jax.Array]:
-    """The folder's weights by path, in the layout's places and dtypes."""
+def _base(
+    layout: StateLayout, folder: str | Path, dtype: Any = None
+) -> dict[tuple[str, ...], jax.Array]:
+    """The folder's weights by path, in the layout's places, and in its dtypes or in `dtype`."""
     there, here = (dataclasses.asdict(c) for c in (read_config(folder), layout.model.config))
     for key in there.keys() - {"name"}:
         if there[key] != here[key]:
@@ -105,7 +116,7 @@ def _base(layout: StateLayout, folder: str | Path) -> dict[tuple[str, ...], jax.
     base = [path for path, spec in specs(layout.model).items() if spec.hf is not None]
     model = load_pretrained(
         folder,
-        dtype=layout.frozen_dtype if layout.is_lora else jnp.float32,
+        dtype=dtype or (layout.frozen_dtype if layout.is_lora else jnp.float32),
         shardings=nest({path: _at(places, path).sharding for path in base}),
     )
     return {

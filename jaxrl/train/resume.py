@@ -48,9 +48,21 @@ FREE = (
     "rollout.page",
     "rollout.decode_steps",
     "rollout.prefill_tokens",
+    "rollout.servers",
+    "rollout.server_kind",
+    "rollout.server_timeout_s",
 )
 # What decides the order of the data.
-DATA = ("data", "batch_size", "seed", "tokenizer", "env", "algorithm", "chat_template")
+DATA = (
+    "data",
+    "batch_size",
+    "seed",
+    "tokenizer",
+    "env",
+    "algorithm",
+    "curriculum",
+    "chat_template",
+)
 
 
 class Stream(Protocol):

@@ -1,41 +1,43 @@
 """Reinforcement learning: from its options to a trained checkpoint.
 
-A step: the engine, on the trainer's own arrays, draws rollouts of tasks until enough groups have
-rewards that differ; the training step learns from them; its new arrays are the engine's next ones.
+A step: rollouts of tasks are drawn until enough groups have rewards that differ; the training step
+learns from them; the engine goes on with its new parameters. In turns the engine draws with the
+trainer's own arrays; otherwise it draws while the trainer steps, with a copy of them.
 """
 
 import collections
 import contextlib
 import dataclasses
-import itertools
-import json
-import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
-from jaxrl.envs.isolated import Isolated
-from jaxrl.envs.order import TaskOrder
-from jaxrl.envs.protocol import Environment, make_environment
 from jaxrl.models.hf_config import read_config
 from jaxrl.models.transformer import merge_trees
 from jaxrl.options import ConfigError
 from jaxrl.parallel.distributed import global_batch
-from jaxrl.rl_config import RlConfig, parsed
-from jaxrl.rollout.collector import Collector
-from jaxrl.rollout.engine import Engine, EngineLimits
-from jaxrl.rollout.programs import Programs
-from jaxrl.rollout.requests import Sampling
+from jaxrl.rl_config import RlConfig
+from jaxrl.rollout.generation import InTurns
 from jaxrl.rollout.rollouts import Group, Rollout
 from jaxrl.train.advantages import group_advantages, is_flat, length_penalty
 from jaxrl.train.batch import Batch
 from jaxrl.train.pretrained import find_checkpoint
 from jaxrl.train.program import Program, rl_program
+from jaxrl.train.reference import Reference
 from jaxrl.train.rl_batch import RlRows, pack_rollouts
+from jaxrl.train.rl_metrics import each, failures, statistics, trace
+from jaxrl.train.rl_rollouts import (
+    Evaluation,
+    Rollouts,
+    make_engine,
+    make_environments,
+    make_order,
+    make_pool,
+)
 from jaxrl.train.session import GAVE_UP, Session, begin, due
 from jaxrl.train.signals import StopSignals
 from jaxrl.train.state import TrainState
@@ -46,42 +48,20 @@ PATIENCE = 5
 
 @dataclasses.dataclass(kw_only=True)
 class Run(Session):
-    """What the loop works with. `counts`: of rollouts, groups and updates."""
+    """What the loop works with. `counts`: of rollouts, groups and updates. drawn: groups that were
+    taken for the step that is to come."""
 
     config: RlConfig
-    engine: Engine
-    environment: Environment
-    collector: Collector
-    order: TaskOrder
-    evaluation: "Evaluation | None"
+    generation: InTurns
+    evaluation: Evaluation | None
+    reference: Reference | None
     tokenizer: Tokenizer
+    drawn: list[Group] = dataclasses.field(default_factory=list)
 
-
-@dataclasses.dataclass
-class Evaluation:
-    """Held-out tasks: the first of an environment of their own."""
-
-    environment: Environment
-    collector: Collector
-    tasks: int
-    solved: float
-
-    def __call__(self) -> dict[str, float]:
-        """avg@k (`eval/reward_mean`), pass@1 and pass@k over all tasks; rollouts that failed have
-        no reward and count as 0."""
-        tasks = [self.environment.task(i) for i in range(self.tasks)]
-        groups = self.collector.collect(tasks, range(self.tasks))
-        rewards = np.array([[r.reward or 0.0 for r in group.rollouts] for group in groups])
-        lengths = [r.length for group in groups for r in group.rollouts]
-        failed = sum(r.failure is not None for group in groups for r in group.rollouts)
-        solved = rewards >= self.solved
-        return {
-            "eval/reward_mean": float(rewards.mean()),
-            "eval/pass@1": float(solved.mean()),
-            f"eval/pass@{rewards.shape[1]}": float(solved.any(axis=1).mean()),
-            "eval/length_mean": float(np.mean(lengths)),
-            "eval/failed": float(failed),
-        }
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where the run is among its tasks; groups that no step has learned from begin again."""
+        return self.generation.place([group.number for group in self.drawn])
 
 
 def train(config: RlConfig) -> int:
@@ -94,15 +74,12 @@ def train(config: RlConfig) -> int:
             f"jaxrl.rl was started as {jax.process_count()} processes, and is one program over one "
             "host's devices so far; start one"
         )
-    options = parsed(config.env.options, "env.options")
-    environment = make_environment(config.env.name, options)  # before a model is downloaded
-    held_out_options = options | parsed(config.eval.options, "eval.options")
-    held_out = held_out_environment(config, held_out_options)
+    environments = make_environments(config)  # before a model is downloaded
     folder = find_checkpoint(config.model)
     model = read_config(folder)
     tokenizer = load_tokenizer(config.tokenizer or folder, model.vocab_size, config.chat_template)
     program = rl_program(config, model, jax.devices())
-    order = TaskOrder(len(environment), config.seed)
+    order = make_order(config, environments.training)
     with contextlib.ExitStack() as stack:
         session, state, step = begin(
             "rl",
@@ -111,41 +88,21 @@ def train(config: RlConfig) -> int:
             folder,
             order,
             total=config.max_steps,
-            first=describe(config, program, environment),
+            first=describe(config, program, order.count),
             stack=stack,
         )
-        engine = make_engine(config, program, tokenizer)
-        evaluation = None
-        if held_out is not None:
-            temperature = config.eval.temperature
-            collector = make_collector(
-                config,
-                engine,
-                held_out,
-                held_out_options,
-                tokenizer,
-                stack,
-                group_size=config.eval.samples,
-                temperature=temperature if temperature >= 0 else config.rollout.temperature,
-            )
-            evaluation = Evaluation(held_out, collector, config.eval.tasks, config.eval.solved)
+        if config.rollout.servers:
+            pool = make_pool(config, program, folder, session.console.say)
+            engine = stack.enter_context(pool)
+        else:
+            engine = make_engine(config, program, tokenizer)
+        rollouts = Rollouts(config, engine, tokenizer, environments, stack)
         run = Run(
             **vars(session),
             config=config,
-            engine=engine,
-            environment=environment,
-            collector=make_collector(
-                config,
-                engine,
-                environment,
-                options,
-                tokenizer,
-                stack,
-                group_size=config.algorithm.group_size,
-                temperature=config.rollout.temperature,
-            ),
-            order=order,
-            evaluation=evaluation,
+            generation=rollouts.training(order),
+            evaluation=rollouts.evaluation(),
+            reference=Reference(program.step, folder) if config.loss.ref_kl_coef else None,
             tokenizer=tokenizer,
         )
         return fit(run, state, step)
@@ -155,36 +112,42 @@ def fit(run: Run, state: TrainState, step: int) -> int:
     """The loop, from `step` on; returns the exit code. The last state is saved, and evaluated
     unless the run was stopped or gave up."""
     config, stopped = run.config, False
+    update(run, state, step)
     if step == 0 and run.evaluation is not None:
-        update(run, state, step)
-        values = run.evaluation()
+        values = evaluate(run)
         run.monitor.log(0, values)
         run.console.step(0, values)
     with StopSignals() as stop:
         while step < config.max_steps and not stopped and not run.gave_up:
+            began = time.perf_counter()
+            groups = gather(run, step, stop)
+            if groups is None:  # stopped: the last step is the last
+                if step:
+                    run.save(state, step, run.place)
+                stopped = True
+                break
             step += 1
-            state, values = one_step(run, state, step)
+            state, values = one_step(run, state, step, groups, began)
             stopped, last = stop.requested, step == config.max_steps
             cut_short = stopped or run.gave_up
-            evaluate = not cut_short and (last or due(config.eval.every, step))
-            if run.evaluation is not None and evaluate:
-                update(run, state, step)
-                values |= run.evaluation()
+            wanted = last or due(config.eval.every, step)
+            if run.evaluation is not None and wanted and not cut_short:
+                values |= evaluate(run)
             run.monitor.log(step, values)
             run.console.step(step, values)
             if cut_short or last or due(config.checkpoint.every, step):
-                run.save(state, step, place(run))
+                run.save(state, step, run.place)
         run.checkpoints.wait()
     return report(run, step, stopped)
 
 
-def one_step(run: Run, state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
-    """Rollouts and one update; (the new state, the step's metrics)."""
-    began = time.perf_counter()
-    update(run, state, step - 1)
-    synced = time.perf_counter()
-    groups, seen = gather(run)
-    drawn = time.perf_counter()
+def one_step(
+    run: Run, state: TrainState, step: int, groups: Sequence[Group], began: float
+) -> tuple[TrainState, dict[str, float]]:
+    """One update on these groups, for which the run has waited since `began`; (the new state, which
+    the engine draws with from now on, and the step's metrics)."""
+    gathered = time.perf_counter()
+    seen, run.drawn = run.drawn, []
     rollouts, advantages = training_rollouts(run.config, groups)
     rows = pack_rollouts(
         rollouts,
@@ -194,9 +157,14 @@ def one_step(run: Run, state: TrainState, step: int) -> tuple[TrainState, dict[s
         micro_batches=run.program.micro_batches,
         pad_id=run.tokenizer.pad_id,
     )
-    state, metrics = run.program.step(state, device_batch(run.program, rows))
+    batch = device_batch(run.program, rows)
+    if run.reference is not None:
+        batch = dataclasses.replace(batch, ref_logprobs=run.reference(state, batch))
+    state, metrics = run.program.step(state, batch)
     fetched = jax.device_get({k: v for k, v in metrics.items() if v.ndim == 0})
-    ended = time.perf_counter()
+    trained = time.perf_counter()
+    update(run, state, step)
+    synced = time.perf_counter()
     values = {name: float(value) for name, value in fetched.items()}
     values["trained_tokens"] = values.pop("tokens")
     if values.get("skipped"):
@@ -204,63 +172,94 @@ def one_step(run: Run, state: TrainState, step: int) -> tuple[TrainState, dict[s
         run.bad_in_a_row += 1
     else:
         run.bad_in_a_row = 0
+    drawing, run.generation.seconds = run.generation.seconds, 0.0
     values |= statistics(seen, step - 1)
     values |= {
         "groups_trained": float(len(groups)),
         "rollouts_trained": float(len(rollouts)),
         "micro_batches": float(rows.used),
         "fill_pct": 100 * sum(rows.lengths) / (rows.used * run.program.rows * run.program.seq_len),
-        "sync_s": synced - began,
-        "rollout_s": drawn - synced,
-        "train_s": ended - drawn,
-        "wait_s": 0.0,  # the trainer and the engine take turns
-        "total_s": ended - began,
-        "tokens_per_s_rollout": sum(r.length for g in seen for r in g.rollouts) / (drawn - synced),
+        "rollout_s": drawing,
+        # What the trainer had nothing to do for while others drew.
+        "wait_s": gathered - began if run.generation.overlaps else 0.0,
+        "train_s": trained - gathered,
+        "sync_s": synced - trained,
+        "total_s": synced - began,
+        "tokens_per_s_rollout": sum(r.length for r in each(seen)) / max(drawing, 1e-9),
     }
-    metered = run.meter.step(rows.lengths, ended - drawn)
+    metered = run.meter.step(rows.lengths, trained - gathered)
     values["tokens_per_s_train"] = metered.pop("tokens_per_s")
     values |= {name: value for name, value in metered.items() if name != "step_s"}
     values |= {f"total/{name}": float(n) for name, n in run.counts.items()}
-    trace(run, seen, step)
+    trace(run.config.output, run.monitor, seen, step)
     return state, values
 
 
 def update(run: Run, state: TrainState, version: int) -> None:
-    """The engine draws with these parameters from now on; nothing is copied."""
-    run.engine.set_weights(merge_trees(state.params, state.frozen), version)
+    """The engine draws with these parameters from now on."""
+    run.generation.set_weights(merge_trees(state.params, state.frozen), version)
 
 
-def gather(run: Run) -> tuple[list[Group], list[Group]]:
-    """(groups to train on, all that finished): rollouts of tasks until a step's groups have
-    rewards that differ."""
-    config, collector, order = run.config, run.collector, run.order
-    good, seen, told = [], [], 0
+def evaluate(run: Run) -> dict[str, float]:
+    """Of the engine's parameters."""
+    assert run.evaluation is not None
+    with run.generation.paused():
+        return run.evaluation()
+
+
+def gather(run: Run, step: int, stop: StopSignals) -> list[Group] | None:
+    """The groups that step `step` + 1 trains on: rollouts of tasks until enough have rewards that
+    differ. None where a signal came before. `run.drawn` is all that was drawn."""
+    config, generation, told = run.config, run.generation, 0
+    good: list[Group] = []
+    counts: collections.Counter[str] = collections.Counter()
     while len(good) < config.tasks_per_step:
-        while len(good) + len(collector.in_flight) < config.tasks_per_step:
-            number, index = order.take()
-            collector.start(number, run.environment.task(index), order.draw_seed(number))
-        for group in collector.poll():
-            seen.append(group)
+        if stop.requested:
+            return None
+        for group in generation.take(config.tasks_per_step - len(good)):
+            run.drawn.append(group)
             rewards = group.rewards
+            if rewards:
+                generation.record(group.number, float(np.mean(rewards)))
             if len(rewards) < 2:
-                run.counts["groups_failed"] += 1
+                counts["groups_failed"] += 1
+            elif oldest(group) < step - config.rollout.max_staleness:
+                counts["groups_stale"] += 1
             elif is_flat(rewards) and not config.algorithm.keep_flat:
-                run.counts["groups_flat"] += 1
+                counts["groups_flat"] += 1
             else:
                 good.append(group)
-        if not good and len(seen) >= (told + 1) * PATIENCE * config.tasks_per_step:
+        if not good and len(run.drawn) >= (told + 1) * PATIENCE * config.tasks_per_step:
             told += 1
-            reasons = collections.Counter(r.failure for g in seen for r in g.rollouts if r.failure)
-            why = f"; failures: {reasons.most_common(1)[0][0]}" if reasons else ""
-            run.console.say(
-                f"{len(seen)} groups in a row have no rewards that differ; waiting for more{why}",
-                style="yellow",
-            )
-    run.counts.update(groups=len(seen))
-    for name, count in run.collector.counts.items():
-        run.counts[name.replace("failed: ", "failed_")] += count
-    run.collector.counts.clear()
-    return sorted(good, key=lambda group: group.number), seen
+            tell_of_none(run)
+    rollouts = list(each(run.drawn))
+    counts.update(groups=len(run.drawn), rollouts=len(rollouts))
+    for reason, count in failures(run.drawn).items():
+        counts.update({"failed": count, f"failed_{reason}": count})
+    run.counts.update(counts)
+    return sorted(good, key=lambda group: group.number)
+
+
+def tell_of_none(run: Run) -> None:
+    """Say that no group of so many teaches anything. Raises ConfigError where all of them failed,
+    and were as many as there are tasks."""
+    groups, rollouts = len(run.drawn), list(each(run.drawn))
+    reasons = collections.Counter(r.failure for r in rollouts if r.failure).most_common(1)
+    why = "".join(f"; {n} x {reason}" for reason, n in reasons)
+    if groups >= run.generation.order.count and all(r.failure for r in rollouts):
+        raise ConfigError(
+            f"all rollouts of {groups} groups in a row failed, as many groups as there are tasks"
+            f"{why}"
+        )
+    run.console.say(
+        f"{groups} groups in a row have no rewards that differ; waiting for more{why}",
+        style="yellow",
+    )
+
+
+def oldest(group: Group) -> int:
+    """The version of the oldest weights that drew any of the group's scored rollouts."""
+    return min(version for r in group.scored for version in r.versions if version >= 0)
 
 
 def training_rollouts(
@@ -278,60 +277,6 @@ def training_rollouts(
         rollouts += group.scored
         advantages += group_advantages(rewards, options.advantage).tolist()
     return rollouts, advantages
-
-
-def statistics(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """Of all rollouts of a step: rewards, lengths, how old, how hard the tasks were."""
-    rollouts = [r for group in groups for r in group.rollouts]
-    scored = [r for r in rollouts if r.reward is not None]
-    rewards = np.array([reward for g in groups for reward in g.rewards] or [0.0])
-    flat = [g for g in groups if len(g.rewards) > 1 and is_flat(g.rewards)]
-    means = [np.mean(g.rewards) for g in groups if g.rewards]
-    spreads = [np.std(g.rewards) for g in groups if g.rewards]
-    ages = [version - v for r in scored for v in r.versions if v >= 0]
-    values = {
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "group_reward_min": float(min(means, default=0.0)),
-        "group_reward_max": float(max(means, default=0.0)),
-        "group_reward_std": float(np.mean(spreads)) if spreads else 0.0,
-        "groups_flat": len(flat) / len(groups),
-        "staleness": float(np.mean(ages)) if ages else 0.0,
-        "staleness_max": float(max(ages, default=0)),
-        "length_mean": float(np.mean([r.length for r in rollouts])),
-        "length_max": float(max(r.length for r in rollouts)),
-        "truncated": float(np.mean([r.truncated for r in rollouts])),
-        "failed": float(np.mean([r.failure is not None for r in rollouts])),
-    }
-    names = {name for r in scored for name in r.figures}
-    return values | {
-        f"env/{name}": float(np.mean([r.figures[name] for r in scored if name in r.figures]))
-        for name in sorted(names)
-    }
-
-
-def trace(run: Run, groups: Sequence[Group], step: int) -> None:
-    """Every rollout as a line of rollouts.jsonl, the step's first ones as TensorBoard text."""
-    with (pathlib.Path(run.config.output) / "rollouts.jsonl").open("a", encoding="utf-8") as file:
-        for group, rollout in ((g, r) for g in groups for r in g.rollouts):
-            line = {
-                "step": step,
-                "group": group.number,
-                "task": rollout.task.id,
-                "messages": rollout.messages,
-                "reward": rollout.reward,
-                "figures": rollout.figures,
-                "tokens": rollout.length,
-                "truncated": rollout.truncated,
-                "failure": rollout.failure,
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    shown = [
-        f"reward {rollout.reward}  \n"
-        + "  \n".join(f"**{m['role']}**: {m['content']}" for m in rollout.messages)
-        for rollout in itertools.islice((r for g in groups for r in g.rollouts), 2)
-    ]
-    run.monitor.text("rollouts", "\n\n---\n\n".join(shown).replace("<", "&lt;"), step)
 
 
 def device_batch(program: Program, rows: RlRows) -> Batch:
@@ -353,11 +298,6 @@ def device_batch(program: Program, rows: RlRows) -> Batch:
     return global_batch(program.abstract_batch(), make)
 
 
-def place(run: Run) -> dict[str, Any]:
-    """Where the run is among its tasks. Groups that are in flight are begun again."""
-    return run.order.get_state(run.collector.in_flight)
-
-
 def report(run: Run, step: int, stopped: bool) -> int:
     """Say how the run ended; returns its exit code."""
     say, output = run.console.say, run.config.output
@@ -370,89 +310,23 @@ def report(run: Run, step: int, stopped: bool) -> int:
             style="red",
         )
         return GAVE_UP
-    if stopped:
+    if stopped and not step:
+        say("stopped before the first step; nothing is saved, and the same command begins anew")
+    elif stopped:
         say(f"stopped at step {step}, which is saved; the same command goes on from there")
     else:
         say(f"done: {step} steps; python -m jaxrl.export {output} OUT_DIR writes the model")
     return 0
 
 
-def describe(config: RlConfig, program: Program, environment: Environment) -> str:
+def describe(config: RlConfig, program: Program, tasks: int) -> str:
     """The run in one line."""
     mesh = program.layout.mesh
     axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     learn = sum(s.size for s in program.layout.trainable_specs.values())
     return (
         f"{program.layout.model.config.name}: {learn:,} trained parameters on {mesh.size} "
-        f"{mesh.devices.flat[0].device_kind} ({axes}); {len(environment):,} tasks of "
+        f"{mesh.devices.flat[0].device_kind} ({axes}); {tasks:,} tasks of "
         f"{config.env.name}, {config.max_steps:,} steps of {config.tasks_per_step} tasks x "
         f"{config.algorithm.group_size} rollouts, loss {config.loss.name}"
     )
-
-
-def make_engine(config: RlConfig, program: Program, tokenizer: Tokenizer) -> Engine:
-    options, layout = config.rollout, program.layout
-    return Engine(
-        Programs(
-            layout.model,
-            layout.mesh,
-            dtype=config.train.compute_dtype,
-            attention=config.train.attention,
-            grouped_matmul=config.train.grouped_matmul,
-        ),
-        EngineLimits(
-            slots=options.slots,
-            max_len=config.seq_len,
-            cache_tokens=options.cache_tokens,
-            page=options.page,
-            steps=options.decode_steps,
-            prefill_tokens=options.prefill_tokens,
-        ),
-        stop_tokens=tokenizer.stop_ids,
-    )
-
-
-def make_collector(
-    config: RlConfig,
-    engine: Engine,
-    environment: Environment,
-    options: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    stack: contextlib.ExitStack,
-    *,
-    group_size: int,
-    temperature: float,
-) -> Collector:
-    """Of rollouts of an environment that was made with `options`."""
-    env, rollout = config.env, config.rollout
-    isolated = Isolated(env.name, options, workers=env.workers, timeout_s=env.timeout_s)
-    return Collector(
-        engine,
-        environment,
-        stack.enter_context(isolated),
-        tokenizer,
-        group_size=group_size,
-        sampling=Sampling(
-            max_tokens=rollout.max_tokens,
-            temperature=temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            min_p=rollout.min_p,
-        ),
-        max_len=config.seq_len,
-        max_turns=env.max_turns,
-    )
-
-
-def held_out_environment(config: RlConfig, options: Mapping[str, Any]) -> Environment | None:
-    """The one of evaluations; None without any."""
-    wanted = config.eval.tasks
-    if not wanted:
-        return None
-    environment = make_environment(config.env.name, options)
-    if len(environment) < wanted:
-        raise ConfigError(
-            f"config.eval.tasks is {wanted}, and the held-out environment has {len(environment)}; "
-            "make it with more in config.eval.options"
-        )
-    return environment

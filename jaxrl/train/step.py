@@ -22,6 +22,7 @@ from jaxrl.ops.registry import Target
 from jaxrl.options import ConfigError
 from jaxrl.parallel.context import AXIS as CONTEXT
 from jaxrl.parallel.context import context_attention, sequence_order
+from jaxrl.parallel.dispatch import in_order
 from jaxrl.parallel.mesh import CPU_OPTIONS
 from jaxrl.train.batch import BATCH_SPEC, Batch, predictions
 from jaxrl.train.gradients import Gradients
@@ -125,7 +126,7 @@ class TrainStep:
         )
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        return self.jitted(state, batch)
+        return in_order(self.jitted)(state, batch)
 
     def compiler_options(self) -> dict[str, bool | int | str] | None:
         """For XLA's compiler of this mesh's devices."""

@@ -1,0 +1,211 @@
+"""What an RL run's rollouts are drawn with, from its options: engine, environments, collectors."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxrl.data.tokenizer import Tokenizer
+from jaxrl.envs.curriculum import Curriculum
+from jaxrl.envs.isolated import Isolated
+from jaxrl.envs.order import TaskOrder
+from jaxrl.envs.protocol import Environment, make_environment
+from jaxrl.options import ConfigError
+from jaxrl.rl_config import RlConfig, parsed
+from jaxrl.rollout.collector import Collector, Generates
+from jaxrl.rollout.engine import Engine, EngineLimits
+from jaxrl.rollout.generation import InTurns, Overlapped
+from jaxrl.rollout.handover import Handover
+from jaxrl.rollout.programs import Programs
+from jaxrl.rollout.requests import Sampling
+from jaxrl.rollout.workers import WorkerPool
+from jaxrl.train.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Environments:
+    """training: the run's tasks; held_out: those of evaluations, None without any. Each with the
+    options that it was made with."""
+
+    training: Environment
+    training_options: Mapping[str, Any]
+    held_out: Environment | None
+    held_out_options: Mapping[str, Any]
+
+
+def make_environments(config: RlConfig) -> Environments:
+    """Raises ConfigError where they cannot be made, or there are too few held-out tasks."""
+    options = parsed(config.env.options, "env.options")
+    training = make_environment(config.env.name, options)
+    other, wanted = options | parsed(config.eval.options, "eval.options"), config.eval.tasks
+    held_out = make_environment(config.env.name, other) if wanted else None
+    if held_out is not None and len(held_out) < wanted:
+        raise ConfigError(
+            f"config.eval.tasks is {wanted}, and the held-out environment has {len(held_out)}; "
+            "make it with more in config.eval.options"
+        )
+    return Environments(training, options, held_out, other)
+
+
+def make_order(config: RlConfig, environment: Environment) -> TaskOrder:
+    options = config.curriculum
+    curriculum = Curriculum(
+        config.seed,
+        easy=options.easy if options.use in ("easy", "both") else None,
+        hard=options.hard if options.use in ("hard", "both") else None,
+        easy_share=options.easy_share,
+        hard_share=options.hard_share,
+    )
+    return TaskOrder(len(environment), config.seed, curriculum)
+
+
+def make_pool(
+    config: RlConfig, program: Program, folder: pathlib.Path, say: Callable[[str], None]
+) -> WorkerPool:
+    """Of the servers that the options name. Raises ConfigError where one is not there."""
+    if importlib.util.find_spec("httpx") is None:
+        raise ConfigError('config.rollout.servers needs httpx: pip install "jaxrl[serve]"')
+    from jaxrl.rollout.http_workers import http_worker
+
+    options = config.rollout
+    workers = [
+        http_worker(
+            options.server_kind,
+            url,
+            adapters=program.layout.is_lora,
+            api_key=os.environ.get("JAXRL_API_KEY", ""),
+            timeout_s=options.server_timeout_s,
+        )
+        for url in options.servers
+    ]
+    for worker in workers:
+        worker.check(config.seq_len)
+    weights = pathlib.Path(config.output) / "weights"
+    return WorkerPool(
+        workers,
+        Handover(program.layout.model, weights, folder, config.train.compute_dtype),
+        say=say,
+        patience_s=options.server_timeout_s,
+    )
+
+
+def make_engine(config: RlConfig, program: Program, tokenizer: Tokenizer) -> Engine:
+    """On the trainer's devices."""
+    options, layout = config.rollout, program.layout
+    return Engine(
+        Programs(
+            layout.model,
+            layout.mesh,
+            dtype=config.train.compute_dtype,
+            attention=config.train.attention,
+            grouped_matmul=config.train.grouped_matmul,
+        ),
+        EngineLimits(
+            slots=options.slots,
+            max_len=config.seq_len,
+            cache_tokens=options.cache_tokens,
+            page=options.page,
+            steps=options.decode_steps,
+            prefill_tokens=options.prefill_tokens,
+        ),
+        stop_tokens=tokenizer.stop_ids,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Makes what draws them, and closes it with `stack`."""
+
+    config: RlConfig
+    engine: Generates
+    tokenizer: Tokenizer
+    environments: Environments
+    stack: contextlib.ExitStack
+
+    def training(self, order: TaskOrder) -> InTurns:
+        """The groups to train on."""
+        config, environments = self.config, self.environments
+        environment = environments.training
+        collector = self._collector(
+            environment,
+            environments.training_options,
+            group_size=config.algorithm.group_size,
+            temperature=config.rollout.temperature,
+        )
+        late = config.rollout.max_staleness
+        if not late:
+            return self.stack.enter_context(InTurns(collector, environment, order))
+        ahead = (1 + late) * config.tasks_per_step
+        return self.stack.enter_context(Overlapped(collector, environment, order, ahead=ahead))
+
+    def evaluation(self) -> "Evaluation | None":
+        config, environments = self.config.eval, self.environments
+        if environments.held_out is None:
+            return None
+        temperature = config.temperature
+        collector = self._collector(
+            environments.held_out,
+            environments.held_out_options,
+            group_size=config.samples,
+            temperature=temperature if temperature >= 0 else self.config.rollout.temperature,
+        )
+        return Evaluation(environments.held_out, collector, config.tasks, config.solved)
+
+    def _collector(
+        self,
+        environment: Environment,
+        options: Mapping[str, Any],
+        *,
+        group_size: int,
+        temperature: float,
+    ) -> Collector:
+        env, rollout = self.config.env, self.config.rollout
+        isolated = Isolated(env.name, options, workers=env.workers, timeout_s=env.timeout_s)
+        return Collector(
+            self.engine,
+            environment,
+            self.stack.enter_context(isolated),
+            self.tokenizer,
+            group_size=group_size,
+            sampling=Sampling(
+                max_tokens=rollout.max_tokens,
+                temperature=temperature,
+                top_k=rollout.top_k,
+                top_p=rollout.top_p,
+                min_p=rollout.min_p,
+            ),
+            max_len=self.config.seq_len,
+            max_turns=env.max_turns,
+        )
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """Held-out tasks: the first of an environment of their own."""
+
+    environment: Environment
+    collector: Collector
+    tasks: int
+    solved: float
+
+    def __call__(self) -> dict[str, float]:
+        """avg@k (`eval/reward_mean`), pass@1 and pass@k over all tasks; rollouts that failed have
+        no reward and count as 0."""
+        tasks = [self.environment.task(i) for i in range(self.tasks)]
+        groups = self.collector.collect(tasks, range(self.tasks))
+        rewards = np.array([[r.reward or 0.0 for r in group.rollouts] for group in groups])
+        lengths = [r.length for group in groups for r in group.rollouts]
+        failed = sum(r.failure is not None for group in groups for r in group.rollouts)
+        solved = rewards >= self.solved
+        return {
+            "eval/reward_mean": float(rewards.mean()),
+            "eval/pass@1": float(solved.mean()),
+            f"eval/pass@{rewards.shape[1]}": float(solved.any(axis=1).mean()),
+            "eval/length_mean": float(np.mean(lengths)),
+            "eval/failed": float(failed),
+        }
