@@ -7,6 +7,7 @@ import sys
 from jaxrl.config import BenchConfig
 from jaxrl.options import options_table
 from jaxrl.rl_config import RlConfig
+from jaxrl.serve_config import ServeConfig
 from jaxrl.sft_config import SftConfig
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs/config.md"
@@ -23,7 +24,12 @@ This page is made by `.ci/config_page.py` from the options' own definitions.
 
 def page() -> str:
     parts = [HEAD]
-    commands = {"jaxrl.bench": BenchConfig, "jaxrl.sft": SftConfig, "jaxrl.rl": RlConfig}
+    commands = {
+        "jaxrl.bench": BenchConfig,
+        "jaxrl.sft": SftConfig,
+        "jaxrl.rl": RlConfig,
+        "jaxrl.serve": ServeConfig,
+    }
     for command, config in commands.items():
         parts += [f"## python -m {command}\n", options_table(config), ""]
     return "\n".join(parts)

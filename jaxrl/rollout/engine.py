@@ -140,6 +140,11 @@ class Engine:
             "free_pages": sum(pages.free for pages in self._pages),
         }
 
+    def prepare(self, weights: Any, version: int) -> Any:
+        """A copy for `set_weights`, of parameters that are about to be given away."""
+        del version
+        return self.programs.copy_weights(weights)
+
     def set_weights(self, weights: Any, version: int) -> None:
         """Draw with these from now on (`Programs`); what is half drawn goes on with them, on keys
         and values of the old ones."""
@@ -396,7 +401,7 @@ class Engine:
                     if completion.finish:
                         break
                 if sequence.text is not None:
-                    completion.text = sequence.text.text
+                    completion.text, completion.safe = sequence.text.text, sequence.text.safe
                 grown.append(completion)
                 if completion.finish:
                     self._leave(device, sequence)

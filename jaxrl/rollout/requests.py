@@ -54,7 +54,8 @@ class Completion:
 
     logprobs: of each token, as `sampling.sample` gives them. versions: of the weights that drew
     each. finish: "stop", "length" or "abort"; None while it goes on. text: what the tokens say, up
-    to a stop text, "" in an engine without a tokenizer.
+    to a stop text, "" in an engine without a tokenizer; safe: the first so many characters of it
+    stay, whatever comes.
     """
 
     index: int
@@ -62,6 +63,7 @@ class Completion:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)
     text: str = ""
+    safe: int = 0
     finish: str | None = None
 
 

@@ -30,3 +30,12 @@ class TextStream:
         if places:
             self.text = self.text[: min(places)]
         return bool(places)
+
+    @property
+    def safe(self) -> int:
+        """Characters of `text` that no stop text can take back any more."""
+        for length in range(max(map(len, self._stop), default=1) - 1, 0, -1):
+            tail = self.text[-length:]
+            if len(tail) == length and any(stop.startswith(tail) for stop in self._stop):
+                return len(self.text) - length
+        return len(self.text)

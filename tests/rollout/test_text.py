@@ -29,3 +29,12 @@ def test_a_stop_text_ends_it_and_is_no_part_of_it(hf):
     assert streamed(hf, "one. two. three", "two") == ("one. ", 8)
     assert streamed(hf, "one. two. three", "xx", "wo. t") == ("one. t", 11)
     assert streamed(hf, "aab", "ab", "b") == ("a", 3)  # the one that begins first
+
+
+def test_what_may_begin_a_stop_text_is_not_safe_yet(hf):
+    stream, safe = TextStream(hf, ("<end>", "ndx")), []
+    for token in hf("a<en<end", add_special_tokens=False).input_ids:
+        assert not stream.add(token)
+        safe.append(stream.text[: stream.safe])
+    assert safe == ["a", "a", "a", "a", "a<en", "a<en", "a<en", "a<en"]
+    assert TextStream(hf).safe == 0

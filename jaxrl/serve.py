@@ -1,0 +1,54 @@
+"""Serve a Hugging Face checkpoint over OpenAI's API.
+
+python -m jaxrl.serve --config=configs/serve.py --config.model=Qwen/Qwen3-0.6B
+python -m jaxrl.serve --config=configs/serve.py --config.model=FOLDER --config.server.port=8001
+
+/v1/completions, /v1/chat/completions, /v1/models, /health, /metrics (Prometheus), and POST
+/update_weights_from_disk, which goes on with the weights in another folder. Listens on this host
+alone unless config.server.host says otherwise, and then only with a key (JAXRL_API_KEY). Needs
+`pip install "jaxrl[serve]"`. SIGTERM and Ctrl-C end it. Exit code: 0 ended, 2 bad input.
+"""
+
+import contextlib
+import importlib.util
+import socket
+from collections.abc import Sequence
+
+from jaxrl import cli
+from jaxrl.options import ConfigError
+from jaxrl.serve_config import ServeConfig
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve as the command line says; returns the exit code."""
+    config = cli.parse(ServeConfig, argv, __doc__ or "")
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f'{package} is not installed: pip install "jaxrl[serve]"')
+    import uvicorn
+
+    from jaxrl.serving.app import make_app
+    from jaxrl.serving.start import started
+
+    with listening(config.server.host, config.server.port) as sock, started(config) as served:
+        host, port = sock.getsockname()[:2]
+        print(f"{served.name} at http://{host}:{port}/v1", flush=True)
+        settings = uvicorn.Config(
+            make_app(served), log_level="warning", timeout_graceful_shutdown=5
+        )
+        with contextlib.suppress(KeyboardInterrupt):  # raised again when all is shut down
+            uvicorn.Server(settings).run(sockets=[sock])
+    return 0
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that is bound. Raises ConfigError where it cannot be."""
+    try:
+        family = socket.getaddrinfo(host, port)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+
+
+if __name__ == "__main__":
+    cli.run(main)

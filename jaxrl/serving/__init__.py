@@ -1,0 +1,1 @@
+"""A server of one model over OpenAI's API; needs the `serve` extra."""

@@ -1,0 +1,222 @@
+"""An engine in a thread of its own, asked from an event loop."""
+
+import asyncio
+import collections
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from jaxrl.rollout.engine import Engine
+from jaxrl.rollout.requests import Completion, Request, Sampling
+
+
+class Busy(Exception):
+    """As much waits as may."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What has come of one of a request's completions: new tokens, their log-probs, text that no
+    stop text takes back any more, and at its end why it ended."""
+
+    index: int
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    text: str
+    finish: str | None
+
+
+class Metrics:
+    """What /metrics shows."""
+
+    def __init__(self):
+        self.registry = registry = CollectorRegistry()
+        self.finished = Counter(
+            "jaxrl_completions", "Completions by how they ended", ["finish"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "jaxrl_prompt_tokens", "Tokens of prompts taken", registry=registry
+        )
+        self.tokens = Counter("jaxrl_generated_tokens", "Tokens drawn", registry=registry)
+        self.refused = Counter("jaxrl_refused_requests", "Told to come again", registry=registry)
+        self.running = Gauge("jaxrl_running", "Completions being drawn", registry=registry)
+        self.waiting = Gauge("jaxrl_waiting", "Completions that wait", registry=registry)
+        self.free_pages = Gauge("jaxrl_free_cache_pages", "Pages of the cache", registry=registry)
+        self.version = Gauge("jaxrl_weights_version", "Of the weights", registry=registry)
+        self.first_token = Histogram(
+            "jaxrl_first_token_seconds", "From request to first token", registry=registry
+        )
+        self.latency = Histogram(
+            "jaxrl_request_seconds", "From request to its last token", registry=registry
+        )
+
+
+class Ticket:
+    """A request that the engine works on. `deltas` until it is finished; `close` ends it early."""
+
+    def __init__(self, service: "Service", request: Request, loop: asyncio.AbstractEventLoop):
+        self.request, self.came = request, time.monotonic()
+        self._service, self._loop = service, loop
+        self._deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
+        self.sent = [(0, 0)] * len(request.completions)  # (tokens, characters) of each, told
+        self.open = len(request.completions)
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """As they come. Raises what ended the engine, if something did."""
+        left = len(self.request.completions)
+        while left:
+            delta = await self._deltas.get()
+            if isinstance(delta, BaseException):
+                raise delta
+            left -= delta.finish is not None
+            yield delta
+
+    def close(self) -> None:
+        """Nobody waits for it any more."""
+        self._service.close_ticket(self)
+
+    def tell(self, delta: Delta | BaseException) -> None:
+        """From the engine's thread."""
+        self._loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
+
+
+class Service:
+    """Requests to `engine`, which has weights, from any event loop. Use as a context manager.
+
+    max_waiting: completions that wait for a place beyond which `submit` raises `Busy`.
+    """
+
+    def __init__(self, engine: Engine, *, max_waiting: int):
+        self.engine, self.max_waiting, self.metrics = engine, max_waiting, Metrics()
+        self._asked: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._tickets: dict[int, Ticket] = {}  # by the id of each open completion
+        self._waiting = 0  # completions that were asked for and are not taken yet
+        self._lock = threading.Lock()
+        self._ends, self.failure = False, None
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    def __enter__(self) -> "Service":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._ends = True
+        self._asked.put(lambda: None)
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self.failure is None
+
+    async def submit(self, prompt: Sequence[int], sampling: Sampling) -> Ticket:
+        """Raises `Busy`, and ConfigError as `Engine.submit` does."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            waiting = self.engine.counts["waiting"] + self._waiting
+            if waiting + sampling.n > self.max_waiting:
+                self.metrics.refused.inc()
+                raise Busy
+            self._waiting += sampling.n
+
+        def take() -> Ticket:
+            with self._lock:
+                self._waiting -= sampling.n
+            ticket = Ticket(self, self.engine.submit(prompt, sampling), loop)
+            self._tickets |= {id(c): ticket for c in ticket.request.completions}
+            self.metrics.prompt_tokens.inc(len(prompt))
+            return ticket
+
+        return await self.run(take)
+
+    async def run[T](self, what: Callable[[], T]) -> T:
+        """What `what` returns, called in the engine's thread between two steps."""
+        future: Future[T] = Future()
+
+        def answer() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(what())
+            except Exception as error:
+                future.set_exception(error)
+
+        if not self.alive:
+            raise RuntimeError(f"the engine has ended: {self.failure}")
+        self._asked.put(answer)
+        return await asyncio.wrap_future(future)
+
+    def close_ticket(self, ticket: Ticket) -> None:
+        self._asked.put(lambda: self._end(ticket))
+
+    # In the engine's thread.
+
+    def _work(self) -> None:
+        try:
+            while not self._ends:
+                self._answer(wait=not self.engine.busy)
+                if self.engine.busy:
+                    self._tell(self.engine.step())
+                self._count()
+        except BaseException as error:
+            self.failure = error
+            for ticket in set(self._tickets.values()):
+                ticket.tell(error)
+            raise
+
+    def _answer(self, *, wait: bool) -> None:
+        if wait:
+            self._asked.get()()
+        while not self._asked.empty():
+            self._asked.get()()
+
+    def _count(self) -> None:
+        counts, metrics = self.engine.counts, self.metrics
+        metrics.running.set(counts["running"])
+        metrics.waiting.set(counts["waiting"])
+        metrics.free_pages.set(counts["free_pages"])
+        metrics.version.set(self.engine.version)
+
+    def _end(self, ticket: Ticket) -> None:
+        if not ticket.request.finished:
+            self.engine.abort(ticket.request)
+            self._tell(c for c in ticket.request.completions if id(c) in self._tickets)
+
+    def _tell(self, grown) -> None:
+        ended = collections.Counter()
+        for completion in grown:
+            ticket = self._tickets[id(completion)]
+            tokens, characters = ticket.sent[completion.index]
+            if not tokens and completion.tokens:
+                self.metrics.first_token.observe(time.monotonic() - ticket.came)
+            delta = _delta(completion, tokens, characters)
+            ticket.sent[completion.index] = (
+                tokens + len(delta.tokens),
+                characters + len(delta.text),
+            )
+            self.metrics.tokens.inc(len(delta.tokens))
+            if completion.finish:
+                ended[completion.finish] += 1
+                del self._tickets[id(completion)]
+                ticket.open -= 1
+                if not ticket.open:
+                    self.metrics.latency.observe(time.monotonic() - ticket.came)
+            ticket.tell(delta)
+        for finish, count in ended.items():
+            self.metrics.finished.labels(finish).inc(count)
+
+
+def _delta(completion: Completion, tokens: int, characters: int) -> Delta:
+    """What has come since so many tokens and characters."""
+    end = len(completion.text) if completion.finish else completion.safe
+    return Delta(
+        completion.index,
+        tuple(completion.tokens[tokens:]),
+        tuple(completion.logprobs[tokens:]),
+        completion.text[characters:end],
+        completion.finish,
+    )
