@@ -1,7 +1,10 @@
 """`jaxrl.rl`, from a checkpoint and tasks to a checkpoint: learns, resumes, survives what fails."""
 
+import contextlib
 import json
+import os
 import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -34,8 +37,9 @@ def get_config():
 class Letters(SingleTurn):
     """The more of a turn's characters are small letters, the better."""
 
-    def __init__(self, seed: int = 0, fails: str = "", count: int = 40):
+    def __init__(self, seed=0, fails="", count=40, at="", stops="", kills=0):
         self.seed, self.fails, self.count = seed, fails, count
+        self.at, self.stops, self.kills = at, stops, kills
 
     def __len__(self):
         return self.count
@@ -45,11 +49,22 @@ class Letters(SingleTurn):
 
     def score(self, task, messages):
         said = last_turn(messages)
+        if task.id == self.at:
+            self.happens()
         if self.fails == "all" or (self.fails == "some" and sum(map(ord, said)) % 3 == 0):
             raise OSError("no reward")
         if self.fails == "flat":
             return 0.5
         return sum(c.islower() and c.isascii() for c in said) / 8
+
+    def happens(self):
+        """The run is told to stop, once; or another process dies."""
+        with contextlib.suppress(FileExistsError, ProcessLookupError):
+            if self.stops:
+                pathlib.Path(self.stops).touch(exist_ok=False)
+                os.kill(os.getppid(), signal.SIGTERM)
+            if self.kills:
+                os.kill(self.kills, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +86,12 @@ def whole(model, tmp_path_factory) -> pathlib.Path:
     output = tmp_path_factory.mktemp("whole") / "run"
     assert rl(model, output) == 0
     return output
+
+
+def task_of(output, step: int) -> str:
+    """The id of a task that was drawn for a step."""
+    lines = map(json.loads, (output / "rollouts.jsonl").open())
+    return next(line["task"] for line in lines if line["step"] == step)
 
 
 def test_writes_a_line_per_step_and_every_rollout(whole):
@@ -105,11 +126,72 @@ def test_a_resumed_run_takes_every_task_once(model, whole, tmp_path):
             assert a.get(key) == b.get(key), (a["step"], key)
 
 
+def test_a_signal_while_rollouts_are_drawn_loses_none_and_takes_none_twice(model, whole, tmp_path):
+    at = task_of(whole, step=2)
+    options = json.dumps({"at": at, "stops": str(tmp_path / "stopped")})
+    flags = (f"env.options={options}", "checkpoint.every=0")
+    assert rl(model, tmp_path / "run", *flags) == 0
+    assert (tmp_path / "stopped").exists()
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1]
+    assert rl(model, tmp_path / "run", *flags) == 0
+    for a, b in zip(metrics(tmp_path / "run"), metrics(whole), strict=True):
+        for key in ("loss", "reward_mean", "total/groups"):
+            assert a.get(key) == b.get(key), (a["step"], key)
+
+
+def test_drawn_beside_the_trainer_it_learns_within_its_staleness(model, tmp_path):
+    flags = ("max_steps=12", "rollout.max_staleness=1", "algorithm.advantage=grpo")
+    assert rl(model, tmp_path / "run", "eval.every=4", "checkpoint.every=5", *flags) == 0
+    lines = metrics(tmp_path / "run")
+    found = [line["eval/reward_mean"] for line in lines if "eval/reward_mean" in line]
+    assert found[-1] > found[0] + 0.2
+    late = [line["staleness_max"] for line in lines[1:]]
+    assert max(late) >= 1 and lines[-1]["wait_s"] >= 0
+    groups = [json.loads(line) for line in (tmp_path / "run/rollouts.jsonl").open()]
+    numbers = {(r["step"], r["group"]) for r in groups}
+    assert len({group for _, group in numbers}) == len(numbers)  # none twice
+    trained = sum(line["groups_trained"] for line in lines[1:])
+    counted = {k.removeprefix("total/"): v for k, v in lines[-1].items() if k.startswith("total/")}
+    dropped = sum(counted.get(f"groups_{why}", 0) for why in ("stale", "flat", "failed"))
+    assert counted["groups"] == trained + dropped
+
+
+def test_a_reference_holds_the_policy_back(model, tmp_path):
+    moved = {}
+    for coef in (1e-9, 10.0):
+        output = tmp_path / str(coef) / "run"
+        flags = (f"loss.ref_kl_coef={coef}", "max_steps=6", "eval.tasks=0")
+        assert rl(model, output, *flags) == 0
+        moved[coef] = metrics(output)[-1]["ref_kl"]
+    assert metrics(output)[0]["ref_kl"] < 1e-8
+    assert moved[10.0] < 0.5 * moved[1e-9]
+
+
+def test_the_exported_model_scores_as_the_run_did(model, tmp_path):
+    from jaxrl.export import main as export
+
+    greedy = ("eval.temperature=0.0", "max_steps=4")
+    assert rl(model, tmp_path / "run", *greedy) == 0
+    assert export(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype=float32"]) == 0
+    assert rl(tmp_path / "out", tmp_path / "again/run", *greedy[:1], "max_steps=1") == 0
+    scored = [
+        [line["eval/reward_mean"] for line in metrics(run) if "eval/reward_mean" in line]
+        for run in (tmp_path / "run", tmp_path / "again/run")
+    ]
+    assert scored[0][-1] == scored[1][0] != scored[0][0]
+
+
 def test_rollouts_that_fail_are_counted_and_the_others_trained(model, tmp_path):
     assert rl(model, tmp_path / "run", 'env.options={"fails": "some"}', "max_steps=2") == 0
     (line,) = metrics(tmp_path / "run")[-1:]
     assert 0 < line["failed"] < 1 and line["total/failed_reward"] > 0
     assert line["rollouts_trained"] < 16
+
+
+def test_where_every_rollout_fails_the_run_says_why_and_ends(model, tmp_path):
+    options = 'env.options={"fails": "all", "count": 8}'
+    with pytest.raises(ConfigError, match=r"20 groups in a row failed.*reward"):
+        rl(model, tmp_path / "run", options)
 
 
 def test_learns(model, tmp_path):
@@ -133,7 +215,8 @@ def test_learns(model, tmp_path):
         (("eval.tasks=50",), r"config.eval.tasks is 50, and the held-out environment has 40"),
         (("algorithm.group_size=1",), r"config.algorithm.group_size is 1"),
         (("rollout.temperature=0.0",), r"config.rollout.temperature is 0.0"),
-        (("loss.ref_kl_coef=0.1",), r"config.loss.ref_kl_coef is 0.1, .* yet; use 0"),
+        (("rollout.max_staleness=-1",), r"config.rollout.max_staleness is -1"),
+        (("curriculum.use=hardest",), r"config.curriculum.use is 'hardest'; choose one of none"),
         (("seq_len=100",), r"config.seq_len 100 is no positive multiple of 128; use 128"),
     ],
 )
