@@ -20,7 +20,7 @@ class EnvConfig:
 
     name: str = option(
         "reverse_text",
-        "`reverse_text`, `guess_number`, `reasoning_gym`, or MODULE:CALLABLE.",
+        "`reverse_text`, `guess_number`, `reasoning_gym`, `verifiers`, or MODULE:CALLABLE.",
     )
     options: str = option("{}", 'What it is made with, as JSON, e.g. `{"seed": 1}`.')
     workers: int = option(1, "Processes that reply and score.")

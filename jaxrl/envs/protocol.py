@@ -55,6 +55,7 @@ KNOWN = {
     "reverse_text": "jaxrl.envs.reverse_text:ReverseText",
     "guess_number": "jaxrl.envs.guess_number:GuessNumber",
     "reasoning_gym": "jaxrl.envs.reasoning_gym:ReasoningGym",
+    "verifiers": "jaxrl.envs.verifiers_tasks:VerifiersTasks",
 }
 
 

@@ -28,16 +28,17 @@ class HttpWorker:
     def __init__(self, url: str, *, adapters: bool, api_key: str = "", timeout_s: float = 600.0):
         self.name, self.adapters = url.rstrip("/").removesuffix("/v1"), adapters
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._options: dict[str, Any] = {"base_url": self.name, "headers": headers}
+        self._options |= {"timeout": httpx.Timeout(timeout_s, connect=10), "trust_env": False}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._client = httpx.Client(
-            base_url=self.name, headers=headers, timeout=timeout_s, limits=limits, trust_env=False
-        )
+        self._client = httpx.AsyncClient(**self._options, limits=limits)
 
     def check(self, max_len: int) -> None:
         """Raises ConfigError where the server is not there, or takes only shorter sequences."""
         try:
-            found = self._answer("GET", "/v1/models")["data"][0]
-        except WorkerLost as error:
+            with httpx.Client(**self._options) as client:
+                found = self._read("/v1/models", client.get("/v1/models"))["data"][0]
+        except (httpx.HTTPError, WorkerLost) as error:
             raise ConfigError(f"no rollout server at {self.name}: {error}") from None
         room = found.get("max_model_len")
         if room is not None and room < max_len:
@@ -46,15 +47,15 @@ class HttpWorker:
                 f"{max_len}; start it with as many"
             )
 
-    def _post(self, path: str, content: dict[str, Any]) -> Any:
-        return self._answer("POST", path, json=content)
-
-    def _answer(self, method: str, path: str, **content) -> Any:
-        """Raises WorkerLost, or ConfigError for what is refused for good."""
+    async def _post(self, path: str, content: dict[str, Any]) -> Any:
+        """The answer. Raises WorkerLost, WorkerBusy, or ConfigError for what is refused."""
         try:
-            answer = self._client.request(method, path, **content)
+            answer = await self._client.post(path, json=content)
         except httpx.HTTPError as error:
             raise WorkerLost(f"{type(error).__name__}: {error}") from None
+        return self._read(path, answer)
+
+    def _read(self, path: str, answer: httpx.Response) -> Any:
         if answer.status_code == 429:
             raise WorkerBusy
         if answer.status_code in (408, 425) or answer.status_code >= 500:
@@ -72,7 +73,7 @@ class HttpWorker:
 class OpenAiWorker(HttpWorker):
     """Completions of token ids, as vLLM and our own server have them."""
 
-    def complete(self, prompt: Sequence[int], sampling: Sampling) -> list[Drawn]:
+    async def complete(self, prompt: Sequence[int], sampling: Sampling) -> list[Drawn]:
         asked = {
             "prompt": list(prompt),
             "n": sampling.n,
@@ -88,7 +89,7 @@ class OpenAiWorker(HttpWorker):
         asked |= {"max_tokens": sampling.max_tokens} if sampling.max_tokens else {}
         asked |= {"top_k": sampling.top_k} if sampling.top_k else {}
         asked |= {"seed": sampling.seed} if sampling.seed is not None else {}
-        answer = self._post("/v1/completions", asked | self._model())
+        answer = await self._post("/v1/completions", asked | self._model())
         found = sorted(answer["choices"], key=lambda choice: choice["index"])
         return [
             Drawn(
@@ -105,26 +106,26 @@ class OpenAiWorker(HttpWorker):
 
 
 class JaxrlWorker(OpenAiWorker):
-    def update(self, folder: Path, version: int) -> None:
+    async def update(self, folder: Path, version: int) -> None:
         asked = {"model_path": str(folder), "version": version}
-        self._post("/update_weights_from_disk", asked)
+        await self._post("/update_weights_from_disk", asked)
 
 
 class VllmWorker(OpenAiWorker):
     def _model(self) -> dict[str, str]:
         return {"model": ADAPTER} if self.adapters else {}
 
-    def update(self, folder: Path, version: int) -> None:
+    async def update(self, folder: Path, version: int) -> None:
         if self.adapters:
             asked = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
-            self._post("/v1/load_lora_adapter", asked)
+            await self._post("/v1/load_lora_adapter", asked)
             return
         asked = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        self._post("/collective_rpc", asked)
+        await self._post("/collective_rpc", asked)
 
 
 class SglangWorker(HttpWorker):
-    def complete(self, prompt: Sequence[int], sampling: Sampling) -> list[Drawn]:
+    async def complete(self, prompt: Sequence[int], sampling: Sampling) -> list[Drawn]:
         how: dict[str, Any] = {
             "n": sampling.n,
             "temperature": sampling.temperature,
@@ -138,7 +139,7 @@ class SglangWorker(HttpWorker):
         how |= {"max_new_tokens": sampling.max_tokens} if sampling.max_tokens else {}
         asked = {"input_ids": list(prompt), "sampling_params": how, "return_logprob": True}
         asked |= {"lora_path": ADAPTER} if self.adapters else {}
-        answer = self._post("/generate", asked)
+        answer = await self._post("/generate", asked)
         found = answer if isinstance(answer, list) else [answer]
         return [self._drawn(one) for one in found]
 
@@ -150,14 +151,14 @@ class SglangWorker(HttpWorker):
         finish = "stop" if meta["finish_reason"]["type"] == "stop" else "length"
         return Drawn(list(tokens), list(logprobs), one["text"], finish)
 
-    def update(self, folder: Path, version: int) -> None:
+    async def update(self, folder: Path, version: int) -> None:
         if self.adapters:
             with contextlib.suppress(ConfigError):  # the first time there is none
-                self._post("/unload_lora_adapter", {"lora_name": ADAPTER})
-            self._post("/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": str(folder)})
+                await self._post("/unload_lora_adapter", {"lora_name": ADAPTER})
+            await self._post("/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": str(folder)})
             return
         asked = {"model_path": str(folder), "weight_version": str(version), "flush_cache": False}
-        self._post("/update_weights_from_disk", asked)
+        await self._post("/update_weights_from_disk", asked)
 
 
 KINDS: dict[Kind, type[JaxrlWorker | VllmWorker | SglangWorker]] = {

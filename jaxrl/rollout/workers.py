@@ -1,15 +1,18 @@
 """Rollouts drawn by other processes, some of which may die."""
 
+import asyncio
+import contextlib
 import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, Protocol
 
 from jaxrl.cli import HostLostError
+from jaxrl.options import ConfigError
 from jaxrl.rollout.handover import Handover
 from jaxrl.rollout.requests import Completion, Request, Sampling
 
@@ -36,16 +39,15 @@ class Drawn:
 
 class Worker(Protocol):
     """One process that draws. Both methods raise WorkerLost where it is lost, WorkerBusy where it
-    is to be asked later, and ConfigError where it refuses what it is asked; they are called from
-    several threads at once."""
+    is to be asked later, and ConfigError where it refuses what it is asked."""
 
     name: str
 
-    def complete(self, prompt: Sequence[int], sampling: Sampling) -> list[Drawn]:
+    async def complete(self, prompt: Sequence[int], sampling: Sampling) -> list[Drawn]:
         """`sampling.n` completions."""
         ...
 
-    def update(self, folder: Path, version: int) -> None:
+    async def update(self, folder: Path, version: int) -> None:
         """Draw with the weights in this folder from now on."""
         ...
 
@@ -61,11 +63,12 @@ class _Place:
 
 
 class WorkerPool:
-    """An engine (`collector.Generates`) made of workers.
+    """An engine (`collector.Generates`) made of workers. Use as a context manager: what is in
+    flight at its end is given up.
 
     A request goes to the worker with the fewest open completions. What a lost worker was asked is
     asked of another one; a worker that answers again is given the newest weights first. Where none
-    answers for `patience_s` seconds, `step` raises HostLostError. concurrency: requests in flight.
+    answers for `patience_s` seconds, `step` raises HostLostError.
     """
 
     def __init__(
@@ -74,27 +77,28 @@ class WorkerPool:
         handover: Handover,
         *,
         say: Callable[[str], None],
-        concurrency: int = 256,
         patience_s: float = 300.0,
     ):
         self.handover, self.patience_s, self._say = handover, patience_s, say
         self.version = 0
-        self._folder: Path | None = None
+        self._folder = Path()
         self._places = [_Place(worker) for worker in workers]
-        self._changed = threading.Condition()
-        self._pool = futures.ThreadPoolExecutor(concurrency, "rollouts")
         self._ids = itertools.count()
         self._open: dict[futures.Future, Request] = {}
-        self._ended = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="workers", daemon=True)
+        self._watch: futures.Future | None = None
 
     def __enter__(self) -> "WorkerPool":
+        self._thread.start()
+        self._watch = self._run(self._look_after_lost())
         return self
 
     def __exit__(self, *_) -> None:
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._run(self._end()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     @property
     def busy(self) -> bool:
@@ -107,17 +111,13 @@ class WorkerPool:
     def set_weights(self, weights: Any, version: int) -> None:
         """Of parameters, or of a folder; returns when all workers have them, lost ones aside."""
         folder = weights if isinstance(weights, Path) else self.prepare(weights, version)
-        with self._changed:
-            self._folder, self.version = folder, version
-            there = [place for place in self._places if place.lost_at is None]
-        with futures.ThreadPoolExecutor(len(self._places)) as pool:
-            list(pool.map(self._update, there))
+        self._run(self._update_all(folder, version)).result()
 
     def submit(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Request:
         sampling = sampling or Sampling()
         completions = [Completion(index) for index in range(sampling.n)]
         request = Request(next(self._ids), tuple(prompt), sampling, completions)
-        self._open[self._pool.submit(self._draw, request)] = request
+        self._open[self._run(self._draw(request))] = request
         return request
 
     def step(self) -> list[Completion]:
@@ -136,69 +136,72 @@ class WorkerPool:
                 grown.append(completion)
         return grown
 
-    # In the threads of requests.
+    def _run[T](self, what: Coroutine[Any, Any, T]) -> "futures.Future[T]":
+        return asyncio.run_coroutine_threadsafe(what, self._loop)
 
-    def _draw(self, request: Request) -> tuple[int, list[Drawn]]:
+    # In the loop's thread.
+
+    async def _draw(self, request: Request) -> tuple[int, list[Drawn]]:
         """(the version of the oldest weights that may have drawn them, completions)."""
         while True:
-            place = self._take(request.sampling.n)
+            place = await self._least_busy()
             version = place.version
+            place.open += request.sampling.n
             try:
-                return version, place.worker.complete(request.prompt, request.sampling)
+                return version, await place.worker.complete(request.prompt, request.sampling)
             except WorkerBusy:
-                time.sleep(0.1)
+                await asyncio.sleep(0.1)
             except WorkerLost as error:
                 self._lose(place, error)
             finally:
-                with self._changed:
-                    place.open -= request.sampling.n
-                    self._changed.notify_all()
+                place.open -= request.sampling.n
 
-    def _take(self, count: int) -> _Place:
-        """The least busy worker that is there, waiting for one where there is none."""
+    async def _least_busy(self) -> _Place:
+        """Of the workers that are there; waits for one where there is none."""
         deadline = time.monotonic() + self.patience_s
-        while True:
-            with self._changed:
-                there = [place for place in self._places if place.lost_at is None]
-                if there:
-                    place = min(there, key=lambda place: place.open)
-                    place.open += count
-                    return place
-                if self._ended or time.monotonic() > deadline:
-                    names = ", ".join(place.worker.name for place in self._places)
-                    raise HostLostError(f"none of the rollout workers answers: {names}")
-                self._changed.wait(0.5)
-            self._revive()
+        while not (there := [place for place in self._places if place.lost_at is None]):
+            if time.monotonic() > deadline:
+                names = ", ".join(place.worker.name for place in self._places)
+                raise HostLostError(f"none of the rollout workers answers: {names}")
+            await asyncio.sleep(0.05)
+        return min(there, key=lambda place: place.open)
 
-    def _lose(self, place: _Place, error: WorkerLost) -> None:
-        with self._changed:
-            known = place.lost_at is not None
-            place.lost_at = time.monotonic()
-        if not known:
+    def _lose(self, place: _Place, error: Exception) -> None:
+        if place.lost_at is None:
             self._say(
                 f"rollout worker {place.worker.name} is lost: {error}; its tasks go to others"
             )
+        place.lost_at = time.monotonic()
 
-    def _revive(self) -> None:
-        """Look whether lost workers have come back."""
-        now = time.monotonic()
-        with self._changed:
-            due = [p for p in self._places if p.lost_at is not None and now > p.lost_at + PROBE_S]
-            for place in due:
-                place.lost_at = now  # nobody else looks meanwhile
-        for place in due:
-            self._update(place)
+    async def _look_after_lost(self) -> None:
+        """Ask lost workers, now and then, whether they take weights again."""
+        while True:
+            await asyncio.sleep(min(PROBE_S, 0.5))
+            due = time.monotonic() - PROBE_S
+            lost = [p for p in self._places if p.lost_at is not None and p.lost_at <= due]
+            await asyncio.gather(*map(self._update, lost))
 
-    def _update(self, place: _Place) -> None:
+    async def _update_all(self, folder: Path, version: int) -> None:
+        self._folder, self.version = folder, version
+        await asyncio.gather(*(self._update(p) for p in self._places if p.lost_at is None))
+
+    async def _update(self, place: _Place) -> None:
         folder, version = self._folder, self.version
-        assert folder is not None
         try:
-            place.worker.update(folder, version)
-        except WorkerLost as error:
+            await place.worker.update(folder, version)
+        except (WorkerLost, WorkerBusy, ConfigError) as error:
+            if isinstance(error, ConfigError) and place.lost_at is None:
+                raise  # one that has come back as another model's server stays lost
             self._lose(place, error)
             return
-        with self._changed:
-            if place.lost_at is not None:
-                self._say(f"rollout worker {place.worker.name} is back")
-            place.version, place.lost_at = version, None
-            self._changed.notify_all()
+        if place.lost_at is not None:
+            self._say(f"rollout worker {place.worker.name} is back")
+        place.version, place.lost_at = version, None
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        for task in others:
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task

@@ -89,6 +89,10 @@ def make_app(served: Served) -> FastAPI:
     async def refused(_: Request, error: HTTPException) -> Response:
         return _refused(error.status_code, str(error.detail))
 
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        return _refused(500, f"{type(error).__name__}: {error}", "server_error")
+
     @app.exception_handler(Busy)
     async def busy(_: Request, __: Busy) -> Response:
         most = f"{options.max_waiting} completions wait already; come again"

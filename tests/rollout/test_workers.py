@@ -1,5 +1,6 @@
 """Rollouts drawn elsewhere: who is asked, what is asked again, and what the servers are told."""
 
+import asyncio
 import http.server
 import json
 import threading
@@ -34,12 +35,12 @@ class Fake:
     def __init__(self, number):
         self.name, self.number = f"w{number}", number
         self.lost, self.busy, self.asked, self.told = False, 0, 0, []
-        self.gate = threading.Event()
-        self.gate.set()
+        self.open = True
 
-    def complete(self, prompt, sampling):
+    async def complete(self, prompt, sampling):
         self.asked += 1
-        self.gate.wait()
+        while not self.open:
+            await asyncio.sleep(0.001)
         if self.lost:
             raise WorkerLost("gone")
         if self.busy:
@@ -49,7 +50,7 @@ class Fake:
             raise ConfigError("it refuses 99")
         return [Drawn([self.number, i], [-1.0, -2.0], "x", "stop") for i in range(sampling.n)]
 
-    def update(self, folder, version):
+    async def update(self, folder, version):
         if self.lost:
             raise WorkerLost("gone")
         self.told.append((str(folder), version))
@@ -79,11 +80,11 @@ def test_requests_go_to_the_least_busy_and_carry_their_version(pool, fakes):
     pool.set_weights("w", 4)
     assert [fake.told for fake in fakes] == [[("/weights/w/4", 4)]] * 2
     for fake in fakes:
-        fake.gate.clear()
+        fake.open = False
     requests = [pool.submit([1], Sampling(n=2)) for _ in range(4)]
     assert pool.busy and pool.step() == []
     for fake in fakes:
-        fake.gate.set()
+        fake.open = True
     finished(pool, requests)
     assert [fake.asked for fake in fakes] == [2, 2] and not pool.busy
     one = requests[0].completions[1]
@@ -92,10 +93,10 @@ def test_requests_go_to_the_least_busy_and_carry_their_version(pool, fakes):
 
 def test_what_a_lost_worker_was_asked_is_asked_of_another(pool, fakes):
     pool.set_weights("w", 0)
-    fakes[0].gate.clear()
+    fakes[0].open = False
     requests = [pool.submit([1]) for _ in range(6)]
     fakes[0].lost = True
-    fakes[0].gate.set()
+    fakes[0].open = True
     finished(pool, requests)
     assert {r.completions[0].tokens[0] for r in requests} == {1}
     assert pool.said == ["rollout worker w0 is lost: gone; its tasks go to others"]
@@ -118,6 +119,15 @@ def test_without_any_worker_the_run_ends(pool, fakes):
     request = pool.submit([1])
     with pytest.raises(HostLostError, match="none of the rollout workers answers: w0, w1"):
         finished(pool, [request])
+
+
+def test_at_its_end_nothing_in_flight_is_waited_for(fakes):
+    with WorkerPool(fakes, Folders(), say=print) as pool:
+        pool.set_weights("w", 0)
+        fakes[0].open = fakes[1].open = False
+        request = pool.submit([1])
+        assert pool.step() == []
+    assert not request.finished and not pool._thread.is_alive()
 
 
 def test_what_is_refused_ends_the_run(pool):
@@ -180,6 +190,17 @@ def worker(recorder, kind, adapters=False):
     return http_worker(kind, url, adapters=adapters, api_key="k")
 
 
+def both(made):
+    """What it draws; and it is given weights."""
+
+    async def calls():
+        drawn = await made.complete([1, 2], SAMPLING)
+        await made.update(Path("/w/step_1"), 1)
+        return drawn
+
+    return asyncio.run(calls())
+
+
 SAMPLING = Sampling(n=2, max_tokens=7, temperature=0.5, top_k=3, seed=11)
 
 
@@ -192,14 +213,13 @@ def test_vllm_is_asked_in_its_own_words(recorder, adapters):
     ]
     recorder.answers["/v1/completions"] = (200, {"choices": choices})
     made = worker(recorder, "vllm", adapters)
-    first, second = made.complete([1, 2], SAMPLING)
+    first, second = both(made)
     assert first == Drawn([0, 5], [-1.0, -2.0], "t", "stop") and second.finish == "length"
     path, asked, key = recorder.seen[0]
     wanted = {"prompt": [1, 2], "n": 2, "max_tokens": 7, "top_k": 3, "seed": 11, "logprobs": 0}
     assert wanted.items() <= asked.items() and asked["return_token_ids"]
     assert (path, key) == ("/v1/completions", "Bearer k")
     assert asked.get("model") == ("jaxrl" if adapters else None)
-    made.update(Path("/w/step_1"), 1)
     expected = (
         ("/v1/load_lora_adapter", {"lora_name": "jaxrl", "lora_path": "/w/step_1"})
         if adapters
@@ -219,11 +239,10 @@ def test_sglang_is_asked_in_its_own_words(recorder, adapters):
     answers["/generate"] = (200, [{"text": "t", "output_ids": [4, 5], "meta_info": meta}] * 2)
     answers["/unload_lora_adapter"] = (400, {"error": "none"})
     made = worker(recorder, "sglang", adapters)
-    assert made.complete([1, 2], SAMPLING) == [Drawn([4, 5], [-1.0, -2.0], "t", "length")] * 2
+    assert both(made) == [Drawn([4, 5], [-1.0, -2.0], "t", "length")] * 2
     _, asked, _ = recorder.seen[0]
     assert asked["input_ids"] == [1, 2] and asked["return_logprob"]
     assert {"n": 2, "max_new_tokens": 7, "top_k": 3}.items() <= asked["sampling_params"].items()
-    made.update(Path("/w/step_1"), 1)
     paths = [path for path, *_ in recorder.seen[1:]]
     assert paths == (
         ["/unload_lora_adapter", "/load_lora_adapter"]
@@ -245,12 +264,12 @@ def test_sglang_is_asked_in_its_own_words(recorder, adapters):
 def test_what_an_answer_means(recorder, status, error, problem):
     recorder.answers["/update_weights_from_disk"] = (status, {"error": "bad"})
     with pytest.raises(error, match=problem):
-        worker(recorder, "jaxrl").update(Path("/w"), 1)
+        asyncio.run(worker(recorder, "jaxrl").update(Path("/w"), 1))
 
 
 def test_a_server_that_is_not_there():
     made = http_worker("jaxrl", "http://127.0.0.1:9", adapters=False)
     with pytest.raises(WorkerLost, match="ConnectError"):
-        made.complete([1], SAMPLING)
-    with pytest.raises(ConfigError, match=r"no rollout server at http://127\.0\.0\.1:9: Connect"):
+        asyncio.run(made.complete([1], SAMPLING))
+    with pytest.raises(ConfigError, match=r"no rollout server at http://127\.0\.0\.1:9: .*refused"):
         made.check(10)
