@@ -1,6 +1,8 @@
 """Runs rows in worker processes and tells what happens as a stream of events.
 
 Planned rows run side by side; measured and proxy rows alone, so that nothing disturbs their times.
+A worker that has planned a row plans the next ones for the same GPU, which saves the imports and
+the kernels that it has already compiled; all other rows have a process of their own.
 """
 
 import contextlib
@@ -81,6 +83,8 @@ def run_jobs(
 ) -> Generator[Event]:
     """Run `jobs` in order, at most `parallel` planned ones at once; one `Finished` for each.
 
+    A planned row whose GPU a worker has planned for goes before those of other GPUs.
+
     Each worker's output goes to a file in `logs`, removed if empty. Closing the iterator, or an
     exception in it (Ctrl-C), kills the workers that run. `start` makes a worker, with `Worker`'s
     arguments, where rows need more than a process here.
@@ -101,10 +105,17 @@ def run_jobs(
                     yield from key.data.read()
                 for worker in list(running):
                     if finished := worker.finished(config.time_limit_s):
-                        running.remove(worker)
-                        watch(selector, running)
-                        worker.close()
+                        following = worker.next_of(waiting)
+                        if following:
+                            waiting.remove(following)
+                            worker.take(following)
+                        else:
+                            running.remove(worker)
+                            watch(selector, running)
+                            worker.close()
                         yield finished
+                        if following:
+                            yield Started(following)
                 if not ready:
                     yield Tick()
         finally:
@@ -134,7 +145,7 @@ def _may_start(job: Job, running: Sequence["Worker"], parallel: int) -> bool:
 
 
 class Worker:
-    """A worker process, the pipe it reports through, and what it has said so far.
+    """A worker process, the pipe it reports through, and what it has said of its row so far.
 
     With `processes`, it is one of several that run the row together.
     """
@@ -147,14 +158,11 @@ class Worker:
         command: Sequence[str],
         processes: Processes | None = None,
     ):
-        self.job, self.start = job, time.monotonic()
-        other = f".process{processes.index}" if processes and processes.index else ""
-        self.log = logs / f"{job.name}{other}.log"
+        self.config, self.logs, self.processes = config, logs, processes
+        self._begin(job)
         self.channel, write_end = os.pipe()
         os.set_blocking(self.channel, False)
         self.buffer, self.closed = b"", False
-        self.result: dict[str, Any] | None = None
-        self.error: str | None = None
         try:
             with self.log.open("wb") as log:
                 self.process = subprocess.Popen(
@@ -171,12 +179,38 @@ class Worker:
             raise
         finally:
             os.close(write_end)
-        request = {"mode": job.mode, "row": job.row, "config": config, "processes": processes}
+        self._ask()
+
+    def _begin(self, job: Job) -> None:
+        self.job, self.start = job, time.monotonic()
+        other = f".process{self.processes.index}" if self.processes and self.processes.index else ""
+        self.log = self.logs / f"{job.name}{other}.log"
+        self.result: dict[str, Any] | None = None
+        self.error: str | None = None
+        self.goes_on = False  # it waits for another row
+
+    def _ask(self, **more) -> None:
+        request = {"mode": self.job.mode, "row": self.job.row, "config": self.config}
+        request |= {"processes": self.processes} | more
         line = json.dumps(request, default=dataclasses.asdict).encode() + b"\n"
         with contextlib.suppress(BrokenPipeError):  # it died at once; `finished` says why
             assert self.process.stdin
             self.process.stdin.write(line)
             self.process.stdin.flush()
+
+    def next_of(self, waiting: Sequence[Job]) -> Job | None:
+        """The first job that this process can also run. What JAX keeps of one GPU does not do for
+        another: programs would hold the wrong kernels."""
+        if not self.goes_on or self.error:
+            return None
+        same = (job for job in waiting if job.mode == self.job.mode)
+        return next((job for job in same if job.row.gpu == self.job.row.gpu), None)
+
+    def take(self, job: Job) -> None:
+        """Run `job` too, after a result that it `goes_on` after. `finished` is then of this one."""
+        self._drop_empty_log()
+        self._begin(job)
+        self._ask(log=str(self.log.resolve()))
 
     def sources(self) -> list[int]:
         """File descriptors that `read` reads, while there is something to come."""
@@ -200,6 +234,7 @@ class Worker:
                 yield Progress(self.job, **message)
             self.result = message.get("result", self.result)
             self.error = message.get("error", self.error)
+            self.goes_on = message.get("goes_on", self.goes_on)
 
     def finished(self, time_limit_s: float) -> Finished | None:
         """The outcome, once there is one."""
@@ -226,6 +261,9 @@ class Worker:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         os.close(self.channel)
+        self._drop_empty_log()
+
+    def _drop_empty_log(self) -> None:
         with contextlib.suppress(OSError):
             if self.log.stat().st_size == 0:
                 self.log.unlink()

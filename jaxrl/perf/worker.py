@@ -1,14 +1,16 @@
-"""One row in a process of its own: a kernel that aborts, or runs out of memory, takes only this.
+"""A row in a process apart: a kernel that aborts, or runs out of memory, takes only this.
 
 `python -m jaxrl.perf.worker FD` reads one JSON line from stdin (mode, row, config, and the
 processes where several run the row together), writes JSON lines to file descriptor FD (progress,
 then one result or error), and leaves stdout and stderr, where JAX prints, to the row's log file.
-It ends when its stdin closes, that is with its parent.
+After the result of a planned row it waits for another row of the same GPU, whose request also
+names its log. It ends when its stdin closes, that is with its parent.
 """
 
 import contextlib
 import json
 import os
+import queue
 import sys
 import threading
 import traceback
@@ -53,32 +55,47 @@ def main() -> None:
     def progress(stage: str, step: int = 0, of: int = 0, **scalars: float) -> None:
         send(stage=stage, step=step, of=of, scalars=scalars)
 
-    request = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    together = request.get("processes")
-    try:
-        config = from_config(BenchConfig, request["config"])
-        if together:
-            progress("joining")
-            timeout_s = min(JOIN_S, config.time_limit_s)
-            distributed.initialize(distributed.Processes(**together), timeout_s=timeout_s)
-        last = {"result": run_row(request["mode"], Row(**request["row"]), config, progress)}
-    except Exception as error:
-        last = {"error": one_line(error)}
-        with contextlib.suppress(OSError):  # the log's disk may be full
-            traceback.print_exc()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    send(**last)  # the parent may end this process from here on
-    if together:  # the others would die with this one: the parent ends all when all have finished
-        threading.Event().wait()
-    os._exit(0)  # do not wait for JAX's threads
+    requests = queue.SimpleQueue[str]()
+    threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
+    while True:
+        request = json.loads(requests.get())
+        together = request.get("processes")
+        try:
+            if "log" in request:
+                _print_to(request["log"])
+            config = from_config(BenchConfig, request["config"])
+            if together:
+                progress("joining")
+                timeout_s = min(JOIN_S, config.time_limit_s)
+                distributed.initialize(distributed.Processes(**together), timeout_s=timeout_s)
+            result = run_row(request["mode"], Row(**request["row"]), config, progress)
+            # Not after an error, which can leave anything behind.
+            last = {"result": result, "goes_on": request["mode"] == "planned"}
+        except Exception as error:
+            last = {"error": one_line(error)}
+            with contextlib.suppress(OSError):  # the log's disk may be full
+                traceback.print_exc()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        send(**last)  # the parent may end this process from here on
+        if together:  # the others would die with this one: the parent ends all when all are done
+            threading.Event().wait()
+        if not last.get("goes_on"):
+            os._exit(0)  # do not wait for JAX's threads
 
 
-def _end_with_parent() -> None:
-    sys.stdin.read()
+def _read_requests(requests: queue.SimpleQueue) -> None:
+    for line in sys.stdin:
+        requests.put(line)
     os._exit(1)
+
+
+def _print_to(path: str) -> None:
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    for fd in (1, 2):
+        os.dup2(log, fd)
+    os.close(log)
 
 
 if __name__ == "__main__":

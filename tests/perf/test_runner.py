@@ -100,12 +100,12 @@ def test_closing_kills_the_workers(tmp_path, plan):
     assert not children()
 
 
-def children():
-    """Fake workers of this process."""
+def children(name="fake_worker"):
+    """Workers of this process."""
     found = subprocess.run(
         ["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True
     )
-    return [line for line in found.stdout.splitlines() if "fake_worker" in line]
+    return [line for line in found.stdout.splitlines() if name in line]
 
 
 def real_worker(code):
@@ -128,6 +128,40 @@ w.run_row = run_row"""
     }
     assert Progress(PLANNED[0], "step", 1, 2, {"step_time_s": 0.5}) in events
     assert (tmp_path / f"{PLANNED[0].name}.log").read_text() == "noise from JAX\n"
+
+
+def test_a_worker_plans_further_rows_of_its_gpu_and_no_others(tmp_path):
+    code = """
+import os
+def run_row(mode, row, config, progress):
+    print('at', row.seq_len)
+    if row.seq_len == 2048:
+        raise ValueError('does not fit')
+    return {'pid': os.getpid()}
+w.run_row = run_row"""
+    other = parse_row("Qwen3-0.6B", "rl full 16384 recompute fa2 1xA6000")
+    jobs = [PLANNED[0], Job(other, "planned"), PLANNED[2], PLANNED[1], PLANNED[3]]
+    jobs += [Job(ROWS[0], "measured"), Job(ROWS[2], "measured")]
+    events = run(jobs, tmp_path, parallel=1, command=real_worker(code))
+    started = [e.job for e in events if isinstance(e, Started)]
+    # The H100's first, up to an error, after which the next process takes what is first.
+    assert started == [*PLANNED[:1], *PLANNED[2:0:-1], jobs[1], PLANNED[3], *jobs[-2:]]
+    done = finished(events)
+    assert set(done) == set(jobs) and done[PLANNED[1]].error == "does not fit"
+    pids = {job: done[job].result["pid"] for job in jobs if job != PLANNED[1]}
+    assert pids[PLANNED[0]] == pids[PLANNED[2]]
+    assert len(set(pids.values())) == len(pids) - 1
+    for job in jobs:
+        assert (tmp_path / f"{job.name}.log").read_text().startswith(f"at {job.row.seq_len}\n")
+    assert not children("jaxrl.perf.worker")
+
+
+def test_a_log_that_cannot_be_written_costs_only_its_row(tmp_path):
+    code = "def run_row(*_): return {'peak_mem_gib': 1.0}\nw.run_row = run_row"
+    (tmp_path / f"{PLANNED[1].name}.log").mkdir()
+    done = finished(run(PLANNED[:3], tmp_path, parallel=1, command=real_worker(code)))
+    assert done[PLANNED[1]].error.startswith("IsADirectoryError")
+    assert done[PLANNED[0]].result == done[PLANNED[2]].result == {"peak_mem_gib": 1.0}
 
 
 def test_the_workers_traceback_goes_to_the_log(tmp_path):
