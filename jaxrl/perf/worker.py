@@ -14,6 +14,7 @@ import queue
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from jaxrl.config import BenchConfig
@@ -45,8 +46,9 @@ def run_row(mode: str, row: Row, config: BenchConfig, progress) -> dict[str, Any
     return measure_row(row, config, progress=progress)
 
 
-def main() -> None:
-    channel = int(sys.argv[1])
+def main(run: Callable[..., dict[str, Any]] | None = None) -> None:
+    """`run` is what rows are run with, instead of `run_row`."""
+    channel = int(sys.argv[-1])
     os.set_inheritable(channel, False)  # or a program JAX starts would hold it open
 
     def send(**message) -> None:
@@ -68,7 +70,8 @@ def main() -> None:
                 progress("joining")
                 timeout_s = min(JOIN_S, config.time_limit_s)
                 distributed.initialize(distributed.Processes(**together), timeout_s=timeout_s)
-            result = run_row(request["mode"], Row(**request["row"]), config, progress)
+            row = Row(**request["row"])
+            result = (run or run_row)(request["mode"], row, config, progress)
             # Not after an error, which can leave anything behind.
             last = {"result": result, "goes_on": request["mode"] == "planned"}
         except Exception as error:
