@@ -210,6 +210,20 @@ class ProxyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class E2eConfig:
+    """A step of `rl_e2e` rows: every rollout fills a row of `seq_len` tokens."""
+
+    tasks: int = option(8, "Prompts of a step.")
+    group_size: int = option(8, "Rollouts of each prompt.")
+    prompt_tokens: int = option(0, "Tokens of a prompt; 0: a quarter of `seq_len`.")
+    slots: int = option(64, "Sequences that a device decodes at once, at most.")
+
+    def __post_init__(self):
+        at_least(self, 1, "tasks", "group_size", "slots")
+        at_least(self, 0, "prompt_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchConfig:
     """`python -m jaxrl.bench`: which rows, how, and where results go."""
 
@@ -243,6 +257,7 @@ class BenchConfig:
     micro_batches: int = option(2, "Micro-batches accumulated per optimizer step.")
     seed: int = option(0, "Seed of weights and fake data.")
     train: TrainConfig = group(TrainConfig, "How rows are trained.")
+    e2e: E2eConfig = group(E2eConfig, "Rollouts of rows that draw them.")
     proxy: ProxyConfig = group(ProxyConfig, "The row measured on this host's CPU.")
 
     def __post_init__(self):

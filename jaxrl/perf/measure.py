@@ -18,6 +18,7 @@ from jaxrl.models.presets import preset
 from jaxrl.parallel.distributed import global_batch, in_order, is_reporter
 from jaxrl.perf import flops
 from jaxrl.perf.compile_only import memory
+from jaxrl.perf.e2e import time_e2e
 from jaxrl.perf.hardware import GiB, gpu, measure_matmul_peak
 from jaxrl.perf.plan import compiled_attention, count_flops, program_for
 from jaxrl.perf.rows import CPU, Row
@@ -42,7 +43,7 @@ def measure_row(row: Row, config: BenchConfig, progress: Progress) -> dict[str, 
     start = time.perf_counter()
     compiled = program.lower().compile()
     compile_s = time.perf_counter() - start
-    if not is_reporter():
+    if not is_reporter() and not row.is_e2e:
         _time_steps(program, compiled, row, config, progress)
         return {"peak_mem_gib": _peak_memory(program) / GiB}
     text = compiled.as_text() or ""
@@ -50,7 +51,11 @@ def measure_row(row: Row, config: BenchConfig, progress: Progress) -> dict[str, 
     # A proxy's peak is measured before and after: a busy moment must not pass for the host's best.
     dtype = program.step.config.compute_dtype
     peak = measure_matmul_peak(dtype) if proxy else gpu(row.gpu).bf16_flops
-    times = _time_steps(program, compiled, row, config, progress)
+    phases: dict[str, float] = {}
+    if row.is_e2e:
+        times, phases = time_e2e(program, compiled, config, progress)
+    else:
+        times = _time_steps(program, compiled, row, config, progress)
     if proxy:
         peak = max(peak, measure_matmul_peak(dtype))
     seconds = statistics.median(times)
@@ -63,8 +68,8 @@ def measure_row(row: Row, config: BenchConfig, progress: Progress) -> dict[str, 
         "mfu_pct": 100 * flops.mfu(counted["model_flops_per_token"], tps, peak, devices),
         "hfu_pct": 100 * counted["hardware_flops_per_step"] / seconds / (peak * devices),
         "tps": tps,
-        "step_time_s": seconds / config.micro_batches,
-        "step_time_iqr_s": (high - low) / config.micro_batches,
+        "step_time_s": seconds / program.micro_batches,
+        "step_time_iqr_s": (high - low) / program.micro_batches,
         "peak_mem_gib": _peak_memory(program) / GiB,
         "floor_mem_gib": floor_bytes(program) / GiB,
         "host_mem_gib": memory(compiled).host_gib,
@@ -72,6 +77,7 @@ def measure_row(row: Row, config: BenchConfig, progress: Progress) -> dict[str, 
         "num_layers": model.num_layers,
         "peak_flops": peak,
         **counted,
+        **phases,
     }
     lora = (
         flops.lora_params(model, row.lora_rank, config.train.lora.targets) if row.lora_rank else 0

@@ -34,20 +34,26 @@ def program_for(
     compute_dtype: str | None = None,
 ) -> Program:
     """The program of a row on these devices; `model` replaces the row's preset (proxies)."""
-    step = config.train.step(type=row.type, ac=row.ac, attention=ATTENTION.get(row.attn, row.attn))
+    attention = ATTENTION.get(row.attn, row.attn)
+    step = config.train.step(type=row.trains, ac=row.ac, attention=attention)
     step = dataclasses.replace(step, context_method=row.cp_method)
     if compute_dtype:
         step = dataclasses.replace(step, compute_dtype=compute_dtype)
+    mesh, micro_batches = make_mesh(devices, expert=row.ep, context=row.cp), config.micro_batches
+    if row.is_e2e:  # each rollout fills a row
+        rows = rows_per_device * mesh.shape["fsdp"] * mesh.shape["expert"]
+        micro_batches = -(-config.e2e.tasks * config.e2e.group_size // rows)
     return build_program(
         model or preset(row.model),
-        mesh=make_mesh(devices, expert=row.ep, context=row.cp),
+        mesh=mesh,
         step=step,
         optimizer=config.train.optimizer,
         lora_rank=row.lora_rank,
         lora=config.train.lora,
         seq_len=row.seq_len,
-        micro_batches=config.micro_batches,
+        micro_batches=micro_batches,
         rows_per_device=rows_per_device,
+        packed=row.is_e2e,
     )
 
 
@@ -58,6 +64,10 @@ def plan_row(row: Row, config: BenchConfig) -> dict[str, Any]:
     memory than the GPU has.
     """
     program = program_for(row, config, compile_only.topology(row.gpu, row.num_gpus, row.num_hosts))
+    if row.is_e2e:
+        from jaxrl.perf.e2e import plan_e2e
+
+        return plan_e2e(program, config, row.gpu)
     return plan_program(program, row.gpu)
 
 
@@ -72,12 +82,7 @@ def plan_program(program: Program, gpu_name: str) -> dict[str, Any]:
     memory = compile_only.memory(compiled)
     attention = compiled_attention(text, program)
     peak = (memory.peak + _unplanned_bytes(attention, program)) / GiB
-    capacity = gpu(gpu_name).memory_gib
-    if peak > capacity:
-        raise ValueError(
-            f"needs {peak:.1f} GiB on each {gpu_name}, which has {capacity:.1f}; use "
-            "more GPUs, a shorter seq_len, offload or LoRA"
-        )
+    check_fits(peak, gpu_name)
     return {
         "attn_compiled": attention,
         **({"experts_compiled": compiled_experts(text, program)} if program.has_experts else {}),
@@ -87,6 +92,16 @@ def plan_program(program: Program, gpu_name: str) -> dict[str, Any]:
         "compile_s": seconds,
         **count_flops(program, text),
     }
+
+
+def check_fits(peak: float, gpu_name: str) -> None:
+    """Raise ValueError where `peak` GiB are more than the GPU has."""
+    capacity = gpu(gpu_name).memory_gib
+    if peak > capacity:
+        raise ValueError(
+            f"needs {peak:.1f} GiB on each {gpu_name}, which has {capacity:.1f}; use "
+            "more GPUs, a shorter seq_len, offload or LoRA"
+        )
 
 
 def _unplanned_bytes(attention: str, program: Program) -> int:

@@ -29,6 +29,9 @@ LEGEND = """\
 - **MFU** counts FLOPs as the published page does (no causal half, hidden_size for the attention
   width, the page's hardware peak), to compare with it. **MFU (causal)** counts what the model
   needs: the causal half, the real head_dim, the hardware's real peak. **HFU** adds recomputation.
+- **RL e2e**: a whole step, in turns: rollouts, update, the new weights to the engine. MFU, HFU and
+  TPS are the training step's FLOPs and tokens over the whole step's time; Step Time is also divided
+  by the micro-batches. The phases are below the table.
 - **Floor**: training state + saved layer inputs + one layer's working set.
 - In brackets: difference to the published row, from 1 % on; :warning: more than 5 % worse.
   Published RL Full rows also gather all weights each step; what counts here is their training step
@@ -130,6 +133,20 @@ def notes(results: Sequence[Result]) -> list[str]:
             said.append(
                 f"The proxy's MFU is relative to {result['peak_flops'] / 1e9:.0f} GFLOP/s, this "
                 "host's matmul peak as measured beside it."
+            )
+        if result.get("total_s"):
+            phases = ("rollout", "wait", "train", "sync", "total")
+            parts = ", ".join(f"{name} {result[f'{name}_s']:.3g} s" for name in phases)
+            said.append(
+                f"{job_of(result).row.title}: {parts} a step; "
+                f"{format_tps(result['tokens_per_s_rollout'])} tokens/s drawn, "
+                f"{format_tps(result['tokens_per_s_train'])} trained."
+            )
+        if result.get("decode_peak_gib"):
+            said.append(
+                f"{job_of(result).row.title}: {result['train_peak_gib']:.1f} GiB while training, "
+                f"{result['decode_peak_gib']:.1f} GiB while decoding, the cache of "
+                f"{result['cache_gib']:.1f} GiB in both."
             )
         if max(result.get("hfu_pct") or 0, result.get("mfu_pct") or 0) > 100:
             said.append(

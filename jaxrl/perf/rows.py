@@ -9,7 +9,7 @@ from jaxrl.config import ActivationCheckpointing, ConfigError, Type, check_seq_l
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.presets import preset
 
-TYPES = ("rl", "sft")
+TYPES = ("rl", "sft", "rl_e2e")
 AC = ("none", "recompute", "selective", "offload")
 ATTN = ("fa2", "fa3", "fa4", "triton", "tokamax", "cudnn", "xla", "auto")
 CP_METHODS = ("ulysses", "ring")
@@ -18,7 +18,8 @@ CPU = "CPU"
 GPUS_PER_HOST = 8
 
 _SYNTAX = (
-    "write '[MODEL] rl|sft full|loraRANK SEQ_LEN AC ATTN COUNTxGPU [epN] [cpN [ulysses|ring]]', "
+    "write '[MODEL] rl|sft|rl_e2e full|loraRANK SEQ_LEN AC ATTN COUNTxGPU [epN] "
+    "[cpN [ulysses|ring]]', "
     "e.g. 'rl lora16 16384 recompute fa3 8xH100'"
 )
 
@@ -27,12 +28,13 @@ _SYNTAX = (
 class Row:
     """One row. `lora_rank` 0 is full fine-tuning; `gpu` is "CPU" for this host's proxy row.
 
-    `seq_len`: tokens per sequence. `ac`: activation checkpointing. `attn`: as requested. `ep`,
+    `type`: "rl_e2e" is a whole step of RL, with its rollouts. `seq_len`: tokens per sequence. `ac`:
+    activation checkpointing. `attn`: as requested. `ep`,
     `cp`: expert and context parallel sizes; `cp_method`: how attention works over the latter.
     """
 
     model: str
-    type: Type
+    type: Literal["rl", "sft", "rl_e2e"]
     lora_rank: int
     seq_len: int
     ac: ActivationCheckpointing
@@ -47,7 +49,17 @@ class Row:
     def label(self) -> str:
         """Type as the published page writes it, e.g. "RL LoRA(r=16)"."""
         method = f"LoRA(r={self.lora_rank})" if self.lora_rank else "Full"
-        return f"{self.type.upper()} {method}"
+        return f"{'RL e2e' if self.is_e2e else self.type.upper()} {method}"
+
+    @property
+    def is_e2e(self) -> bool:
+        """It draws rollouts, too."""
+        return self.type == "rl_e2e"
+
+    @property
+    def trains(self) -> Type:
+        """What the training step is."""
+        return "sft" if self.type == "sft" else "rl"
 
     @property
     def hardware(self) -> str:

@@ -18,14 +18,15 @@ NOBODYS = 0
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The pages on the devices; inside `shard_map` those of one device."""
+    """The pages on the devices; inside `shard_map` those of one device. Tokens of one head are
+    neighbours, as attention's products take them: read so, nothing is transposed."""
 
-    k: Float[Array, "L pages size K H"]
-    v: Float[Array, "L pages size K H"]
+    k: Float[Array, "L pages K size H"]
+    v: Float[Array, "L pages K size H"]
 
     @property
     def page_size(self) -> int:
-        return self.k.shape[2]
+        return self.k.shape[3]
 
     def write(
         self,
@@ -36,7 +37,8 @@ class Cache:
         places: Int[Array, "B T"],
     ) -> "Cache":
         """With tokens written into `pages` at `places` within them."""
-        return self._with((layer, pages, places), k, v)
+        heads = jnp.arange(k.shape[2])
+        return self._with((layer, pages[..., None], heads, places[..., None]), k, v)
 
     def write_pages(
         self,
@@ -46,18 +48,24 @@ class Cache:
         table: Int[Array, "B P"],
     ) -> "Cache":
         """With whole pages written: T = P x size."""
+        B, P = table.shape
 
-        shape = (*table.shape, *self.k.shape[2:])  # [B, T, K, H] -> [B, P, size, K, H]
-        return self._with((layer, table), k.reshape(shape), v.reshape(shape))
+        def in_pages(x):
+            x = x.reshape(B, P, self.page_size, *x.shape[2:])
+            return jnp.swapaxes(x, 2, 3)  # [B, P, K, size, H]
+
+        return self._with((layer, table), in_pages(k), in_pages(v))
 
     def read(
         self, layer: Int[Array, ""], table: Int[Array, "B P"]
-    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """Keys and values of the sequences whose pages the table lists, in order; S = P x size."""
         B, P = table.shape
+        K, size, H = self.k.shape[2:]
+        heads = jnp.arange(K)[:, None]
 
         def flat(x):
-            return x[layer, table].reshape(B, P * self.page_size, *x.shape[3:])
+            return x[layer, table[:, None], heads].reshape(B, K, P * size, H)
 
         return flat(self.k), flat(self.v)
 
@@ -72,19 +80,19 @@ class Cache:
 
 def attend_cached(
     q: Float[Array, "B 1 N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     positions: Int[Array, " B"],
 ) -> Float[Array, "B 1 N H"]:
     """Attention of one token of each sequence to those up to its own position; sums in fp32."""
     B, _, N, H = q.shape
-    S, K = k.shape[1:3]
+    K, S = k.shape[1:3]
     q = q.reshape(B, K, N // K, H)  # [B, 1, N, H] -> groups of queries by key head
     f32 = jnp.float32
-    scores = jnp.einsum("BKGH,BSKH->BKGS", q, k, preferred_element_type=f32) * H**-0.5
+    scores = jnp.einsum("BKGH,BKSH->BKGS", q, k, preferred_element_type=f32) * H**-0.5
     seen = jnp.arange(S) <= positions[:, None]
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("BKGS,BSKH->BKGH", weights.astype(v.dtype), v, preferred_element_type=f32)
+    out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(v.dtype), v, preferred_element_type=f32)
     return out.reshape(B, 1, N, H).astype(q.dtype)
 
 

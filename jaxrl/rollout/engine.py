@@ -408,6 +408,34 @@ class Engine:
         return grown
 
 
+def lower_decode(programs: Programs, limits: EngineLimits, weights: Any) -> jax.stages.Lowered:
+    """The largest decode program of an engine, lowered for its mesh; nothing is allocated.
+
+    weights: abstract arrays with shardings, as `Programs` takes them.
+    """
+    devices, rows = programs.mesh.size, limits.rows[-1]
+    sharding = NamedSharding(programs.mesh, ROWS)
+
+    def each(dtype, *more: int) -> Any:
+        return jax.ShapeDtypeStruct((devices * rows, *more), dtype, sharding=sharding)
+
+    i32, f32 = np.int32, np.float32
+    choice = Choice(
+        temperature=each(f32), top_k=each(i32), top_p=each(f32), min_p=each(f32), seed=each(i32)
+    )
+    decoding = Decoding(
+        token=each(i32),
+        position=each(i32),
+        table=each(i32, limits.widths[-1]),
+        drawn=each(i32),
+        left=each(i32),
+        stop=each(i32, STOPS),
+        choice=choice,
+    )
+    cache = programs.abstract_cache(limits.pages, limits.page)
+    return programs.jitted_decode.lower(weights, cache, decoding, limits.steps)
+
+
 def _alike(a: _Sequence, b: _Sequence) -> bool:
     """They are one prompt's, and nothing of them is drawn yet."""
     return a is b or (

@@ -104,6 +104,7 @@ class Programs:
             donate_argnums=1,
             static_argnums=3,
         )
+        self.jitted_decode = decode
         self.decode = in_order(decode)
         self.copy_pages = in_order(
             jit(
@@ -124,20 +125,26 @@ class Programs:
 
     def make_cache(self, pages: int, page_size: int) -> Cache:
         """Of `pages` pages on every device."""
+        like = self.abstract_cache(pages, page_size)
+        make = jax.jit(
+            lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like),
+            out_shardings=NamedSharding(self.mesh, PAGES),
+        )
+        return make()
+
+    def abstract_cache(self, pages: int, page_size: int) -> Cache:
+        """Shapes and shardings of that cache."""
         config = self.model.config
         shape = (
             config.num_layers,
             pages * self.mesh.size,
-            page_size,
             config.num_kv_heads,
+            page_size,
             config.head_dim,
         )
         sharding = NamedSharding(self.mesh, PAGES)
-        make = jax.jit(
-            lambda: Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)),
-            out_shardings=sharding,
-        )
-        return make()
+        pages_of: Any = jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
+        return Cache(pages_of, pages_of)
 
     def _prefill(self, weights, cache: Cache, tokens: Int[Array, "B T"], table: Int[Array, "B P"]):
         """The cache with the keys and values of these tokens, positions 0 to T-1, in the pages of

@@ -207,13 +207,6 @@ def floor_bytes(program: Program) -> int:
     itemsize = jnp.dtype(program.step.config.compute_dtype).itemsize
     state: TrainState = layout.abstract()
 
-    def local(tree):
-        return sum(
-            math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
-            for s in jax.tree.leaves(tree)
-            if s.sharding.memory_kind != HOST
-        )
-
     tokens = program.rows * program.seq_len // layout.mesh.size
     saved = config.num_layers * tokens * config.hidden_size * itemsize
     if program.step.config.ac == "offload":
@@ -229,7 +222,16 @@ def floor_bytes(program: Program) -> int:
             weights[path[0]] += here * itemsize
             gradient = max(gradient, 4 * here * (path in layout.trainable_specs))
     working = max(weights.values()) + max(activations, gradient)
-    return local(state) + local(state.params) + saved + working
+    return local_bytes(state) + local_bytes(state.params) + saved + working
+
+
+def local_bytes(tree) -> int:
+    """Of abstract arrays with shardings, on each device; what lives on the host does not count."""
+    return sum(
+        math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
+        for s in jax.tree.leaves(tree)
+        if s.sharding.memory_kind != HOST
+    )
 
 
 def lower_reference(program: Program, num_layers: int) -> jax.stages.Lowered:

@@ -19,16 +19,14 @@ from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrl.models.hf_config import read_config
 from jaxrl.models.transformer import merge_trees
 from jaxrl.options import ConfigError
-from jaxrl.parallel.distributed import global_batch
 from jaxrl.rl_config import RlConfig
 from jaxrl.rollout.generation import InTurns
 from jaxrl.rollout.rollouts import Group, Rollout
 from jaxrl.train.advantages import group_advantages, is_flat, length_penalty
-from jaxrl.train.batch import Batch
 from jaxrl.train.pretrained import find_checkpoint
 from jaxrl.train.program import Program, rl_program
 from jaxrl.train.reference import Reference
-from jaxrl.train.rl_batch import RlRows, pack_rollouts
+from jaxrl.train.rl_batch import device_batch, pack_rollouts
 from jaxrl.train.rl_metrics import each, failures, statistics, trace
 from jaxrl.train.rl_rollouts import (
     Evaluation,
@@ -277,25 +275,6 @@ def training_rollouts(
         rollouts += group.scored
         advantages += group_advantages(rewards, options.advantage).tolist()
     return rollouts, advantages
-
-
-def device_batch(program: Program, rows: RlRows) -> Batch:
-    """The rows on the devices; each process moves its own."""
-
-    def make(here: slice) -> Batch:
-        def part(a: np.ndarray) -> Any:
-            return a[:, here]
-
-        return Batch(
-            tokens=part(rows.tokens),
-            loss_mask=part(rows.loss_mask),
-            positions=part(rows.positions),
-            segment_ids=part(rows.segment_ids),
-            advantages=part(rows.advantages),
-            sampler_logprobs=part(rows.sampler_logprobs),
-        )
-
-    return global_batch(program.abstract_batch(), make)
 
 
 def report(run: Run, step: int, stopped: bool) -> int:

@@ -2,11 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxrl.data.packing import first_fit_decreasing
+from jaxrl.parallel.distributed import global_batch
 from jaxrl.rollout.rollouts import Rollout
+from jaxrl.train.batch import Batch
+from jaxrl.train.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,3 +66,22 @@ def pack_rollouts(
     in_rows = tuple(lengths[i] for chosen in bins for i in chosen)
     used = -(-len(bins) // rows)
     return RlRows(tokens=tokens, **ints, **floats, used=used, lengths=in_rows)
+
+
+def device_batch(program: Program, rows: RlRows) -> Batch:
+    """The rows on the devices; each process moves its own."""
+
+    def make(here: slice) -> Batch:
+        def part(a: np.ndarray) -> Any:
+            return a[:, here]
+
+        return Batch(
+            tokens=part(rows.tokens),
+            loss_mask=part(rows.loss_mask),
+            positions=part(rows.positions),
+            segment_ids=part(rows.segment_ids),
+            advantages=part(rows.advantages),
+            sampler_logprobs=part(rows.sampler_logprobs),
+        )
+
+    return global_batch(program.abstract_batch(), make)
