@@ -7,7 +7,8 @@ Writes checkpoints, metrics.jsonl, rollouts.jsonl and TensorBoard files into the
 again, it goes on from the newest checkpoint. SIGTERM and Ctrl-C save and end the run. Exit code: 0
 done or stopped, 1 the run gave up (bad gradients), 2 bad input or a disk that is full.
 
-One process over all devices of one host; several hosts are to come.
+One process drives all devices of its host. Started on several hosts (README), the processes train
+together, and the rollouts are drawn by servers, `--config.rollout.servers=URL,URL`.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from jaxrl.rl_config import RlConfig
 def main(argv: Sequence[str]) -> int:
     """Train as the command line says; returns the exit code."""
     config = cli.parse(RlConfig, argv, __doc__ or "")
-    distributed.initialize()  # several processes are refused there
+    distributed.initialize()
     from jaxrl.train.rl import train
 
     return train(config)

@@ -77,10 +77,12 @@ class RolloutConfig:
     server_timeout_s: float = option(
         600.0, "Seconds for an answer of theirs, and without any of them, before it is given up."
     )
+    server_start_s: float = option(0.0, "Seconds to wait for servers that are not there yet.")
 
     def __post_init__(self):
         above(self, 0, "server_timeout_s")
         at_least(self, 0, "max_tokens", "top_k", "min_p", "cache_tokens", "max_staleness")
+        at_least(self, 0, "server_start_s")
         above(self, 0, "temperature", "top_p")
         at_least(self, 1, "slots", "page", "decode_steps", "prefill_tokens")
 

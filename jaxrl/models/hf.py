@@ -127,10 +127,10 @@ def save_pretrained(
                 f"{name} is a LoRA adapter; merge the adapters into the weights before saving "
                 "them as a checkpoint of the base model"
             )
-        # An abstract model holds ShapeDtypeStructs, which are on no device.
-        if not hasattr(values[parameter], "is_fully_addressable"):
+        # An abstract model holds ShapeDtypeStructs.
+        if not isinstance(values[parameter], jax.Array | np.ndarray):
             raise ValueError(f"{name} has no value; initialize or load the model before saving it")
-        if not values[parameter].is_fully_addressable:
+        if not getattr(values[parameter], "is_fully_addressable", True):
             raise ValueError(f"{name} lies partly on another process's devices; gather it first")
 
     token_ids = {}
@@ -243,9 +243,11 @@ def _pending(declared: Mapping, values: Mapping, dtype) -> Iterator[Pending]:
         yield Pending(name, nbytes, make)
 
 
-def _fetch(value: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+def _fetch(value: jax.Array | np.ndarray, index: tuple[int, ...]) -> np.ndarray:
     """value[index] on the host, from the devices that hold it and no others: slicing the sharded
     array would first gather it on each of them."""
+    if isinstance(value, np.ndarray):
+        return value[index]
     shape = value.shape[len(index) :]
     host = None
     for shard in value.addressable_shards:

@@ -53,7 +53,7 @@ def save_adapter(model: Transformer, path: str | Path, *, base: str | Path, dtyp
     for linear, kernel in written.items():
         for letter, shape in _adapter_shapes(kernel, rank).items():
             value = values.get((*linear, f"lora_{letter.lower()}"))
-            if value is not None and not isinstance(value, jax.Array):
+            if value is not None and not isinstance(value, jax.Array | np.ndarray):
                 raise ValueError("the model has no values; initialize or load it before saving")
             host = np.zeros(shape, np.float32) if value is None else np.asarray(value)
             host = host if dtype is None else host.astype(jnp.dtype(dtype))

@@ -3,16 +3,18 @@
 import itertools
 import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxrl.cli import OutputError
+from jaxrl.cli import HostLostError, OutputError
 from jaxrl.options import ConfigError
 
-# For process 0 to read a checkpoint of 500 GB.
+# For process 0 to read a checkpoint of 500 GB, or to have rollouts drawn.
 _TIMEOUT_S = 2 * 3600
+_ERRORS = {kind.__name__: kind for kind in (ConfigError, OutputError, HostLostError)}
 _asked = itertools.count()
 
 
@@ -29,8 +31,9 @@ def from_first[T](ask: Callable[[], T]) -> T:
     if jax.process_index() == 0:
         try:
             said = {"value": ask()}
-        except (ConfigError, OutputError) as error:
-            said = {"error": str(error), "kind": type(error).__name__}
+        except tuple(_ERRORS.values()) as error:
+            kind = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
+            said = {"error": str(error), "kind": kind}
     # The others wait here: a collective gives up after a minute or so.
     wait = ocp.multihost.get_barrier_sync_fn()
     wait(key=f"jaxrl_from_first_{next(_asked)}", timeout_ms=1000 * _TIMEOUT_S)
@@ -42,5 +45,19 @@ def from_first[T](ask: Callable[[], T]) -> T:
         )
     said = json.loads(bytes(np.asarray(text)))
     if "error" in said:
-        raise (ConfigError if said["kind"] == "ConfigError" else OutputError)(said["error"])
+        raise _ERRORS[said["kind"]](said["error"])
     return said["value"]
+
+
+def on_first(tree: Any) -> Any:
+    """Arrays that lie over the devices of all processes, whole and in the memory of process 0's
+    host; None in the others. All processes are to call it at the same place."""
+    from jax.experimental import multihost_utils
+
+    def whole(array: jax.Array) -> np.ndarray | None:
+        found = multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(found) if jax.process_index() == 0 else None
+
+    with jax.transfer_guard("allow"):
+        gathered = jax.tree.map(whole, tree)
+    return gathered if jax.process_index() == 0 else None

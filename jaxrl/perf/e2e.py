@@ -49,6 +49,12 @@ def limits(program: Program, config: BenchConfig) -> EngineLimits:
     return EngineLimits(slots=min(each, config.e2e.slots), max_len=program.seq_len)
 
 
+def cache_bytes(program: Program, config: BenchConfig) -> int:
+    """Of the engine's keys and values, on each device."""
+    sizes = limits(program, config)
+    return local_bytes(make_programs(program).abstract_cache(sizes.pages, sizes.page))
+
+
 def plan_e2e(program: Program, config: BenchConfig, gpu_name: str) -> dict[str, Any]:
     """As `plan.plan_program`; the peak is that of the training step with the engine's cache beside
     it, or that of the largest decode program with the optimizer's state beside it."""
@@ -58,14 +64,16 @@ def plan_e2e(program: Program, config: BenchConfig, gpu_name: str) -> dict[str, 
     with compile_only.as_device(program.layout.mesh), compile_only.cudnn_assumed():
         lowered = lower_decode(programs, sizes, merge_trees(state.params, state.frozen))
     decode = compile_only.memory(compile_only.compile_for(lowered)).peak
-    cache = local_bytes(programs.abstract_cache(sizes.pages, sizes.page))
+    cache = cache_bytes(program, config)
     peaks = {
         "train_peak_gib": planned["peak_mem_gib"] + cache / GiB,
         "decode_peak_gib": (decode + local_bytes(state.opt_state)) / GiB,
     }
     peak = max(peaks.values())
     plan.check_fits(peak, gpu_name)
-    return planned | peaks | {"peak_mem_gib": peak, "cache_gib": cache / GiB}
+    floor = planned["floor_mem_gib"] + cache / GiB
+    found = {"peak_mem_gib": peak, "floor_mem_gib": floor, "cache_gib": cache / GiB}
+    return planned | peaks | found
 
 
 def time_e2e(

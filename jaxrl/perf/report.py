@@ -32,7 +32,7 @@ LEGEND = """\
 - **RL e2e**: a whole step, in turns: rollouts, update, the new weights to the engine. MFU, HFU and
   TPS are the training step's FLOPs and tokens over the whole step's time; Step Time is also divided
   by the micro-batches. The phases are below the table.
-- **Floor**: training state + saved layer inputs + one layer's working set.
+- **Floor**: training state + saved layer inputs + one layer's working set (RL e2e: + the cache).
 - In brackets: difference to the published row, from 1 % on; :warning: more than 5 % worse.
   Published RL Full rows also gather all weights each step; what counts here is their training step
   alone."""

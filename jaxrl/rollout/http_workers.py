@@ -22,6 +22,10 @@ ADAPTER = "jaxrl"  # the name that adapters are loaded under
 Kind = Literal["jaxrl", "vllm", "sglang"]
 
 
+class ServerMissing(ConfigError):
+    """A server does not answer."""
+
+
 class HttpWorker:
     """A server at `url`. adapters: whether weights come as adapters. timeout_s: of a request."""
 
@@ -34,12 +38,13 @@ class HttpWorker:
         self._client = httpx.AsyncClient(**self._options, limits=limits)
 
     def check(self, max_len: int) -> None:
-        """Raises ConfigError where the server is not there, or takes only shorter sequences."""
+        """Raises ServerMissing where the server is not there, ConfigError where it takes only
+        shorter sequences."""
         try:
             with httpx.Client(**self._options) as client:
                 found = self._read("/v1/models", client.get("/v1/models"))["data"][0]
         except (httpx.HTTPError, WorkerLost) as error:
-            raise ConfigError(f"no rollout server at {self.name}: {error}") from None
+            raise ServerMissing(f"no rollout server at {self.name}: {error}") from None
         room = found.get("max_model_len")
         if room is not None and room < max_len:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """One conversation of the model about a task, as training sees it."""
 
 import dataclasses
+from typing import Any
 
 from jaxrl.envs.protocol import Message, Task
 
@@ -40,6 +41,17 @@ class Rollout:
     def length(self) -> int:
         """Tokens that the model drew."""
         return sum(self.drawn)
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As JSON takes it, without the task and what was said: all that training needs."""
+        left_out = ("task", "messages")
+        return {k: v for k, v in vars(self).items() if k not in left_out} | {"id": self.task.id}
+
+    @classmethod
+    def of_plain(cls, values: dict[str, Any]) -> "Rollout":
+        rest = {k: v for k, v in values.items() if k != "id"}
+        return cls(Task(values["id"], ()), **rest)
 
 
 @dataclasses.dataclass

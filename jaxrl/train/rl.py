@@ -2,7 +2,8 @@
 
 A step: rollouts of tasks are drawn until enough groups have rewards that differ; the training step
 learns from them; the engine goes on with its new parameters. In turns the engine draws with the
-trainer's own arrays; otherwise it draws while the trainer steps, with a copy of them.
+trainer's own arrays; otherwise it draws while the trainer steps, with a copy of them. Over several
+hosts servers draw: process 0 asks them, scores, and tells the others what to train on.
 """
 
 import collections
@@ -19,6 +20,8 @@ from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrl.models.hf_config import read_config
 from jaxrl.models.transformer import merge_trees
 from jaxrl.options import ConfigError
+from jaxrl.parallel.distributed import any_process, is_reporter
+from jaxrl.parallel.first_process import from_first, on_first
 from jaxrl.rl_config import RlConfig
 from jaxrl.rollout.generation import InTurns
 from jaxrl.rollout.rollouts import Group, Rollout
@@ -29,6 +32,7 @@ from jaxrl.train.reference import Reference
 from jaxrl.train.rl_batch import device_batch, pack_rollouts
 from jaxrl.train.rl_metrics import each, failures, statistics, trace
 from jaxrl.train.rl_rollouts import (
+    Elsewhere,
     Evaluation,
     Rollouts,
     make_engine,
@@ -50,8 +54,8 @@ class Run(Session):
     taken for the step that is to come."""
 
     config: RlConfig
-    generation: InTurns
-    evaluation: Evaluation | None
+    generation: InTurns | Elsewhere
+    evaluation: Evaluation | None  # in process 0
     reference: Reference | None
     tokenizer: Tokenizer
     drawn: list[Group] = dataclasses.field(default_factory=list)
@@ -59,7 +63,15 @@ class Run(Session):
     @property
     def place(self) -> dict[str, Any]:
         """Where the run is among its tasks; groups that no step has learned from begin again."""
-        return self.generation.place([group.number for group in self.drawn])
+        return from_first(
+            lambda: self.drawing.place([group.number for group in self.drawn]),
+        )
+
+    @property
+    def drawing(self) -> InTurns:
+        """Of process 0."""
+        assert isinstance(self.generation, InTurns)
+        return self.generation
 
 
 def train(config: RlConfig) -> int:
@@ -67,10 +79,10 @@ def train(config: RlConfig) -> int:
 
     Raises ConfigError for input that cannot be used, `cli.OutputError` for a disk that is full.
     """
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not config.rollout.servers:
         raise ConfigError(
-            f"jaxrl.rl was started as {jax.process_count()} processes, and is one program over one "
-            "host's devices so far; start one"
+            f"jaxrl.rl was started as {jax.process_count()} processes, which train together on "
+            "what servers draw; name them in config.rollout.servers, or start one process"
         )
     environments = make_environments(config)  # before a model is downloaded
     folder = find_checkpoint(config.model)
@@ -89,17 +101,24 @@ def train(config: RlConfig) -> int:
             first=describe(config, program, order.count),
             stack=stack,
         )
-        if config.rollout.servers:
-            pool = make_pool(config, program, folder, session.console.say)
-            engine = stack.enter_context(pool)
-        else:
-            engine = make_engine(config, program, tokenizer)
-        rollouts = Rollouts(config, engine, tokenizer, environments, stack)
+        generation, evaluation = Elsewhere(), None
+
+        def make_generation() -> None:
+            nonlocal generation, evaluation
+            if config.rollout.servers:
+                pool = make_pool(config, program, folder, session.console.say)
+                engine = stack.enter_context(pool)
+            else:
+                engine = make_engine(config, program, tokenizer)
+            rollouts = Rollouts(config, engine, tokenizer, environments, stack)
+            generation, evaluation = rollouts.training(order), rollouts.evaluation()
+
+        from_first(make_generation)
         run = Run(
             **vars(session),
             config=config,
-            generation=rollouts.training(order),
-            evaluation=rollouts.evaluation(),
+            generation=generation,
+            evaluation=evaluation,
             reference=Reference(program.step, folder) if config.loss.ref_kl_coef else None,
             tokenizer=tokenizer,
         )
@@ -111,14 +130,14 @@ def fit(run: Run, state: TrainState, step: int) -> int:
     unless the run was stopped or gave up."""
     config, stopped = run.config, False
     update(run, state, step)
-    if step == 0 and run.evaluation is not None:
+    if step == 0 and config.eval.tasks:
         values = evaluate(run)
         run.monitor.log(0, values)
         run.console.step(0, values)
     with StopSignals() as stop:
         while step < config.max_steps and not stopped and not run.gave_up:
             began = time.perf_counter()
-            groups = gather(run, step, stop)
+            groups = gather_for_all(run, step, stop)
             if groups is None:  # stopped: the last step is the last
                 if step:
                     run.save(state, step, run.place)
@@ -126,10 +145,10 @@ def fit(run: Run, state: TrainState, step: int) -> int:
                 break
             step += 1
             state, values = one_step(run, state, step, groups, began)
-            stopped, last = stop.requested, step == config.max_steps
+            stopped, last = any_process(stop.requested), step == config.max_steps
             cut_short = stopped or run.gave_up
             wanted = last or due(config.eval.every, step)
-            if run.evaluation is not None and wanted and not cut_short:
+            if config.eval.tasks and wanted and not cut_short:
                 values |= evaluate(run)
             run.monitor.log(step, values)
             run.console.step(step, values)
@@ -189,26 +208,67 @@ def one_step(
     values["tokens_per_s_train"] = metered.pop("tokens_per_s")
     values |= {name: value for name, value in metered.items() if name != "step_s"}
     values |= {f"total/{name}": float(n) for name, n in run.counts.items()}
-    trace(run.config.output, run.monitor, seen, step)
+    if is_reporter():
+        trace(run.config.output, run.monitor, seen, step)
     return state, values
 
 
 def update(run: Run, state: TrainState, version: int) -> None:
     """The engine draws with these parameters from now on."""
-    run.generation.set_weights(merge_trees(state.params, state.frozen), version)
+    weights = merge_trees(state.params, state.frozen)
+    if jax.process_count() > 1:
+        weights = handed_over(run.program, state)
+    from_first(lambda: run.generation.set_weights(weights, version))
+
+
+def handed_over(program: Program, state: TrainState) -> Any:
+    """In process 0 what is written for servers, in its host's memory: all parameters, or of a model
+    with adapters only those; None in the others."""
+    if program.layout.is_lora:
+        adapters = on_first(state.params)
+        return adapters and merge_trees(adapters, state.frozen)
+    return on_first(merge_trees(state.params, state.frozen))
 
 
 def evaluate(run: Run) -> dict[str, float]:
     """Of the engine's parameters."""
-    assert run.evaluation is not None
-    with run.generation.paused():
-        return run.evaluation()
+
+    def ask() -> dict[str, float]:
+        assert run.evaluation is not None
+        with run.drawing.paused():
+            return run.evaluation()
+
+    return from_first(ask)
+
+
+def gather_for_all(run: Run, step: int, stop: StopSignals) -> list[Group] | None:
+    """`gather`, which process 0 does for all of them."""
+    if jax.process_count() == 1:
+        return gather(run, step, stop)
+
+    def ask() -> dict[str, Any] | None:
+        found = gather(run, step, stop)
+        if found is None:
+            return None
+        drawn = [(group.number, [r.plain for r in group.rollouts]) for group in run.drawn]
+        return {"drawn": drawn, "good": [group.number for group in found]}
+
+    said = from_first(ask)
+    if said is None:
+        return None
+    if not is_reporter():
+        run.drawn = [
+            Group(number, [Rollout.of_plain(values) for values in rollouts])
+            for number, rollouts in said["drawn"]
+        ]
+    by_number = {group.number: group for group in run.drawn}
+    return [by_number[number] for number in said["good"]]
 
 
 def gather(run: Run, step: int, stop: StopSignals) -> list[Group] | None:
     """The groups that step `step` + 1 trains on: rollouts of tasks until enough have rewards that
     differ. None where a signal came before. `run.drawn` is all that was drawn."""
-    config, generation, told = run.config, run.generation, 0
+    config, generation, told = run.config, run.drawing, 0
     good: list[Group] = []
     counts: collections.Counter[str] = collections.Counter()
     while len(good) < config.tasks_per_step:
@@ -244,7 +304,7 @@ def tell_of_none(run: Run) -> None:
     groups, rollouts = len(run.drawn), list(each(run.drawn))
     reasons = collections.Counter(r.failure for r in rollouts if r.failure).most_common(1)
     why = "".join(f"; {n} x {reason}" for reason, n in reasons)
-    if groups >= run.generation.order.count and all(r.failure for r in rollouts):
+    if groups >= run.drawing.order.count and all(r.failure for r in rollouts):
         raise ConfigError(
             f"all rollouts of {groups} groups in a row failed, as many groups as there are tasks"
             f"{why}"

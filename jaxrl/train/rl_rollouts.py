@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,8 +84,9 @@ def make_pool(
         )
         for url in options.servers
     ]
+    deadline = time.monotonic() + options.server_start_s
     for worker in workers:
-        worker.check(config.seq_len)
+        _wait_for(worker, config.seq_len, deadline, say)
     weights = pathlib.Path(config.output) / "weights"
     return WorkerPool(
         workers,
@@ -92,6 +94,22 @@ def make_pool(
         say=say,
         patience_s=options.server_timeout_s,
     )
+
+
+def _wait_for(worker, max_len: int, deadline: float, say: Callable[[str], None]) -> None:
+    from jaxrl.rollout.http_workers import ServerMissing
+
+    told = False
+    while True:
+        try:
+            return worker.check(max_len)
+        except ServerMissing:
+            if time.monotonic() >= deadline:
+                raise
+        if not told:
+            say(f"waiting for the rollout server at {worker.name}")
+            told = True
+        time.sleep(1.0)
 
 
 def make_engine(config: RlConfig, program: Program, tokenizer: Tokenizer) -> Engine:
@@ -182,6 +200,15 @@ class Rollouts:
             max_len=self.config.seq_len,
             max_turns=env.max_turns,
         )
+
+
+class Elsewhere:
+    """Stands for the generation in processes that draw nothing."""
+
+    overlaps, seconds = False, 0.0
+
+    def set_weights(self, weights: Any, version: int) -> None:
+        """Process 0's are to take them."""
 
 
 @dataclasses.dataclass

@@ -20,7 +20,12 @@ def test_runs(path, tmp_path, monkeypatch):
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
     assert not [o for o in outputs if o.get("name") == "stderr"], "a cell printed to stderr"
     assert any("image/png" in o.get("data", {}) for o in outputs)
-    losses = next(o["text"] for o in outputs if o.get("text", "").startswith("loss"))
+    said = [o["text"] for o in outputs if "text" in o]
+    if path.stem == "02_rl":  # five steps teach little; both sides are to agree on what was drawn
+        (kl,) = (text.split()[-1] for text in said if text.startswith("mismatch KL at most"))
+        assert 0 <= float(kl) < 1e-3
+        return
+    losses = next(text for text in said if text.startswith("loss"))
     first, *_, last = map(float, losses.removeprefix("loss").strip(" []\n").split(","))
     assert last < first
 

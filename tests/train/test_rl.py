@@ -72,12 +72,17 @@ def model(tmp_path_factory) -> pathlib.Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("inputs") / "model")
 
 
-def rl(model, output, *flags) -> int:
-    """Run in this process, on eight devices."""
+def command(model, output, *flags) -> list[str]:
+    """The flags of a run into `output`."""
     output.parent.mkdir(parents=True, exist_ok=True)
     file = output.parent / "config.py"
     file.write_text(CONFIG.format(model=str(model), output=str(output)))
-    return main(["rl", f"--config={file}", *(f"--config.{f}" for f in flags)])
+    return [f"--config={file}", *(f"--config.{f}" for f in flags)]
+
+
+def rl(model, output, *flags) -> int:
+    """Run in this process, on eight devices."""
+    return main(["rl", *command(model, output, *flags)])
 
 
 @pytest.fixture(scope="module")
