@@ -83,7 +83,13 @@ def test_every_config_is_counted_here():
     assert {name for name, text in texts.items() if "table_config" in text} == {
         *COUNTS,
         "published",
+        "rl_e2e",
     }
+
+
+def test_the_rows_with_rollouts_are_ones_that_can_run():
+    rows = bench.table_rows(read("rl_e2e"))  # refuses those that cannot
+    assert rows and all(row.is_e2e for row in rows)
 
 
 def test_a_run_over_several_models_has_one_proxy_of_the_smallest():
