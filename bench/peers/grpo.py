@@ -17,11 +17,10 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 
-from protocol import host
+from protocol import host, run_process
 
 from jaxrl.envs.reverse_text import ReverseText
 from jaxrl.models import smollm2
@@ -120,7 +119,7 @@ def ours(args, folder, model):
     command = [sys.executable, "-m", "jaxrl.rl", f"--config={config}"]
     command += [f"--config.{key}={value}" for key, value in flags.items()]
     command += [f"--config.{option}" for option in args.ours]
-    run_process(command, args)
+    run_process(command, args.threads)
     lines = (folder / "run/metrics.jsonl").read_text().splitlines()
     return [
         {
@@ -150,22 +149,10 @@ def peer(args, folder, model, side):
         "tasks": [{"prompt": list(t.messages), "answer": t.info["answer"]} for t in tasks],
     }
     worker = str(HERE / "grpo_trl_worker.py")
-    run_process([args.peer_python, worker, json.dumps(options), str(folder / "steps")], args)
-    return [json.loads(line) for line in (folder / "steps").read_text().splitlines()]
-
-
-def run_process(command, args):
-    cpus = sorted(os.sched_getaffinity(0))[: args.threads]
-    environment = {"OMP_NUM_THREADS": str(args.threads), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        command,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+    run_process(
+        [args.peer_python, worker, json.dumps(options), str(folder / "steps")], args.threads
     )
-    if done.returncode:
-        sys.exit(f"{command[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return [json.loads(line) for line in (folder / "steps").read_text().splitlines()]
 
 
 def compare(args, turns):

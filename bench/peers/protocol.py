@@ -78,6 +78,21 @@ def host():
     return {"cpu": model, "cores": os.cpu_count()}
 
 
+def run_process(command, threads):
+    """Run a whole program to its end on so many CPUs; ends this one with its error, if any."""
+    cpus = sorted(os.sched_getaffinity(0))[:threads]
+    environment = {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+    )
+    if done.returncode:
+        sys.exit(f"{command[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
+
+
 def serve(commands):
     """Answer commands from stdin until it closes. commands: name -> function returning a dict."""
     channel = os.fdopen(os.dup(1), "w")

@@ -15,11 +15,10 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 
-from protocol import host
+from protocol import host, run_process
 
 from jaxrl.data import gsm_symbolic
 from jaxrl.models import smollm2
@@ -99,7 +98,7 @@ def ours(args, folder, model, train):
     }
     command = [sys.executable, "-m", "jaxrl.sft", f"--config={config}"]
     command += [f"--config.{key}={value}" for key, value in flags.items()]
-    run_process(command, args)
+    run_process(command, args.threads)
     lines = (folder / "run/metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     return [
@@ -119,22 +118,10 @@ def peer(args, folder, model, train):
     options = {key: getattr(args, key) for key in keys}
     options |= {"model": str(model), "train": str(train)}
     worker = str(HERE / "sft_trl_worker.py")
-    run_process([args.peer_python, worker, json.dumps(options), str(folder / "steps")], args)
-    return [json.loads(line) for line in (folder / "steps").read_text().splitlines()]
-
-
-def run_process(command, args):
-    cpus = sorted(os.sched_getaffinity(0))[: args.threads]
-    environment = {"OMP_NUM_THREADS": str(args.threads), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        command,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+    run_process(
+        [args.peer_python, worker, json.dumps(options), str(folder / "steps")], args.threads
     )
-    if done.returncode:
-        sys.exit(f"{command[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return [json.loads(line) for line in (folder / "steps").read_text().splitlines()]
 
 
 def speed(step):
