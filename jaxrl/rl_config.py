@@ -78,9 +78,26 @@ class RolloutConfig:
         600.0, "Seconds for an answer of theirs, and without any of them, before it is given up."
     )
     server_start_s: float = option(0.0, "Seconds to wait for servers that are not there yet.")
+    ray_workers: int = option(
+        0, "Actors on a Ray cluster that draw the rollouts, in place of servers."
+    )
+    ray_address: str = option(
+        "", "The cluster's; `auto`: this host's; empty: RAY_ADDRESS's, or a new one of this host."
+    )
+    ray_gpus: float = option(0.0, "GPUs of each of those actors.")
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether other processes draw the rollouts."""
+        return bool(self.servers or self.ray_workers)
 
     def __post_init__(self):
+        if self.servers and self.ray_workers:
+            raise ConfigError(
+                f"ray_workers is {self.ray_workers}, and servers are given, too; give one of them"
+            )
         above(self, 0, "server_timeout_s")
+        at_least(self, 0, "ray_workers", "ray_gpus")
         at_least(self, 0, "max_tokens", "top_k", "min_p", "cache_tokens", "max_staleness")
         at_least(self, 0, "server_start_s")
         above(self, 0, "temperature", "top_p")

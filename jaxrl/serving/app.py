@@ -2,11 +2,10 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import prometheus_client
@@ -23,24 +22,11 @@ from jaxrl.rollout.requests import Sampling
 from jaxrl.serve_config import ServerConfig
 from jaxrl.serving.answers import Answers, Choice, event, failure
 from jaxrl.serving.schema import ChatRequest, CompletionRequest, UpdateRequest
-from jaxrl.serving.service import Busy, Service, Ticket
+from jaxrl.serving.served import Served
+from jaxrl.serving.service import Busy, Ticket
 from jaxrl.serving.tool_calls import function_of
 
 OPEN = ("/health", "/metrics")  # without a key
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """What the routes work with. load: the weights in a folder, on the devices, where they may be
-    replaced."""
-
-    service: Service
-    tokenizer: Tokenizer
-    name: str
-    vocab_size: int
-    max_len: int
-    options: ServerConfig
-    load: Callable[[str], Any]
 
 
 class Guard:
@@ -132,13 +118,10 @@ def make_app(served: Served) -> FastAPI:
     async def update(asked: UpdateRequest) -> dict:
         if not options.updates:
             raise HTTPException(403, "this server takes no new weights (config.server.updates)")
-        async with updating:  # one at a time: each holds a copy of the weights
-            weights = await asyncio.to_thread(served.load, asked.model_path)
-            version = service.engine.version + 1 if asked.version is None else asked.version
-            await service.run(lambda: service.engine.set_weights(weights, version))
+        version = await served.update(asked.model_path, asked.version)
         return {"success": True, "message": asked.model_path, "version": version}
 
-    began, updating = int(time.time()), asyncio.Lock()
+    began = int(time.time())
     return app
 
 

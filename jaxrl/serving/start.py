@@ -25,7 +25,7 @@ from jaxrl.parallel.sharding import param_shardings
 from jaxrl.rollout.engine import Engine, EngineLimits
 from jaxrl.rollout.programs import Programs
 from jaxrl.serve_config import ServeConfig
-from jaxrl.serving.app import Served
+from jaxrl.serving.served import Served
 from jaxrl.serving.service import Service
 from jaxrl.train.pretrained import find_checkpoint
 

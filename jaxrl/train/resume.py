@@ -51,6 +51,10 @@ FREE = (
     "rollout.servers",
     "rollout.server_kind",
     "rollout.server_timeout_s",
+    "rollout.server_start_s",
+    "rollout.ray_workers",
+    "rollout.ray_address",
+    "rollout.ray_gpus",
 )
 # What decides the order of the data.
 DATA = (

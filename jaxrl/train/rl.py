@@ -79,10 +79,11 @@ def train(config: RlConfig) -> int:
 
     Raises ConfigError for input that cannot be used, `cli.OutputError` for a disk that is full.
     """
-    if jax.process_count() > 1 and not config.rollout.servers:
+    if jax.process_count() > 1 and not config.rollout.elsewhere:
         raise ConfigError(
             f"jaxrl.rl was started as {jax.process_count()} processes, which train together on "
-            "what servers draw; name them in config.rollout.servers, or start one process"
+            "what servers or Ray's actors draw; give config.rollout.servers or "
+            "config.rollout.ray_workers, or start one process"
         )
     environments = make_environments(config)  # before a model is downloaded
     folder = find_checkpoint(config.model)
@@ -105,13 +106,16 @@ def train(config: RlConfig) -> int:
 
         def make_generation() -> None:
             nonlocal generation, evaluation
-            if config.rollout.servers:
-                pool = make_pool(config, program, folder, session.console.say)
-                engine = stack.enter_context(pool)
+            if config.rollout.elsewhere:
+                engine = make_pool(config, program, folder, session.console.say, stack)
             else:
                 engine = make_engine(config, program, tokenizer)
             rollouts = Rollouts(config, engine, tokenizer, environments, stack)
             generation, evaluation = rollouts.training(order), rollouts.evaluation()
+            if evaluation and evaluation.seen:
+                known = f"{evaluation.seen} of the {len(evaluation.tasks)} held-out tasks"
+                more = "make more of them in config.eval.options"
+                session.console.say(f"{known} are training's, too; {more}", style="yellow")
 
         from_first(make_generation)
         run = Run(

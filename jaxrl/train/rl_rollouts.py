@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from jaxrl.data.tokenizer import Tokenizer
 from jaxrl.envs.curriculum import Curriculum
 from jaxrl.envs.isolated import Isolated
 from jaxrl.envs.order import TaskOrder
-from jaxrl.envs.protocol import Environment, make_environment
+from jaxrl.envs.protocol import Environment, Task, make_environment
 from jaxrl.options import ConfigError
 from jaxrl.rl_config import RlConfig, parsed
 from jaxrl.rollout.collector import Collector, Generates
@@ -24,7 +25,9 @@ from jaxrl.rollout.generation import InTurns, Overlapped
 from jaxrl.rollout.handover import Handover
 from jaxrl.rollout.programs import Programs
 from jaxrl.rollout.requests import Sampling
-from jaxrl.rollout.workers import WorkerPool
+from jaxrl.rollout.workers import Worker, WorkerPool
+from jaxrl.serve_config import EngineConfig as ServeEngineConfig
+from jaxrl.serve_config import ServeConfig, ServerConfig
 from jaxrl.train.program import Program
 
 
@@ -66,9 +69,38 @@ def make_order(config: RlConfig, environment: Environment) -> TaskOrder:
 
 
 def make_pool(
-    config: RlConfig, program: Program, folder: pathlib.Path, say: Callable[[str], None]
+    config: RlConfig,
+    program: Program,
+    folder: pathlib.Path,
+    say: Callable[[str], None],
+    stack: contextlib.ExitStack,
 ) -> WorkerPool:
-    """Of the servers that the options name. Raises ConfigError where one is not there."""
+    """Of the servers or of the Ray actors that the options ask for, closed with `stack`. Raises
+    ConfigError where one is not there."""
+    options = config.rollout
+    if options.servers:
+        workers = _servers(config, adapters=program.layout.is_lora, say=say)
+    else:
+        from jaxrl.rollout.ray_workers import ray_workers
+
+        made = ray_workers(
+            _served(config, folder),
+            options.ray_workers,
+            address=options.ray_address,
+            gpus=options.ray_gpus,
+        )
+        workers = stack.enter_context(made)
+    weights = pathlib.Path(config.output) / "weights"
+    pool = WorkerPool(
+        workers,
+        Handover(program.layout.model, weights, folder, config.train.compute_dtype),
+        say=say,
+        patience_s=options.server_timeout_s,
+    )
+    return stack.enter_context(pool)
+
+
+def _servers(config: RlConfig, *, adapters: bool, say: Callable[[str], None]) -> Sequence[Worker]:
     if importlib.util.find_spec("httpx") is None:
         raise ConfigError('config.rollout.servers needs httpx: pip install "jaxrl[serve]"')
     from jaxrl.rollout.http_workers import http_worker
@@ -78,7 +110,7 @@ def make_pool(
         http_worker(
             options.server_kind,
             url,
-            adapters=program.layout.is_lora,
+            adapters=adapters,
             api_key=os.environ.get("JAXRL_API_KEY", ""),
             timeout_s=options.server_timeout_s,
         )
@@ -87,12 +119,31 @@ def make_pool(
     deadline = time.monotonic() + options.server_start_s
     for worker in workers:
         _wait_for(worker, config.seq_len, deadline, say)
-    weights = pathlib.Path(config.output) / "weights"
-    return WorkerPool(
-        workers,
-        Handover(program.layout.model, weights, folder, config.train.compute_dtype),
-        say=say,
-        patience_s=options.server_timeout_s,
+    return workers
+
+
+def _served(config: RlConfig, folder: pathlib.Path) -> ServeConfig:
+    """What an actor serves: the run's model, as the trainer's own engine would draw with it."""
+    rollout, train = config.rollout, config.train
+    return ServeConfig(
+        model=str(folder.absolute()),
+        tokenizer=config.tokenizer,
+        chat_template=config.chat_template,
+        lora_rank=config.lora_rank,
+        lora=config.lora,
+        server=ServerConfig(max_waiting=2**20),
+        engine=ServeEngineConfig(
+            max_len=config.seq_len,
+            slots=rollout.slots,
+            cache_tokens=rollout.cache_tokens,
+            page=rollout.page,
+            decode_steps=rollout.decode_steps,
+            prefill_tokens=rollout.prefill_tokens,
+            dtype=train.compute_dtype,
+            attention=train.attention,
+            grouped_matmul=train.grouped_matmul,
+            warm_up=False,
+        ),
     )
 
 
@@ -172,7 +223,8 @@ class Rollouts:
             group_size=config.samples,
             temperature=temperature if temperature >= 0 else self.config.rollout.temperature,
         )
-        return Evaluation(environments.held_out, collector, config.tasks, config.solved)
+        tasks, seen = held_out_tasks(environments.held_out, environments.training, config.tasks)
+        return Evaluation(tasks, seen, collector, config.solved)
 
     def _collector(
         self,
@@ -211,20 +263,41 @@ class Elsewhere:
         """Process 0's are to take them."""
 
 
+def held_out_tasks(
+    held_out: Environment, training: Environment, wanted: int
+) -> tuple[list[Task], int]:
+    """The first `wanted` held-out tasks that training has not. Where there are fewer, those that it
+    has follow, and their number is the second of what is returned."""
+    trained = {_content(training.task(i)) for i in range(len(training))}
+    new: list[Task] = []
+    seen: list[Task] = []
+    for index in range(len(held_out)):
+        if len(new) == wanted:
+            break
+        task = held_out.task(index)
+        (seen if _content(task) in trained else new).append(task)
+    return (new + seen)[:wanted], max(wanted - len(new), 0)
+
+
+def _content(task: Task) -> str:
+    """Alike for two tasks that ask the same, whatever they are called."""
+    info = {name: value for name, value in task.info.items() if name != "index"}
+    return json.dumps([task.messages, info], sort_keys=True, default=str)
+
+
 @dataclasses.dataclass
 class Evaluation:
-    """Held-out tasks: the first of an environment of their own."""
+    """Held-out tasks, of which training has `seen`, too."""
 
-    environment: Environment
+    tasks: Sequence[Task]
+    seen: int
     collector: Collector
-    tasks: int
     solved: float
 
     def __call__(self) -> dict[str, float]:
         """avg@k (`eval/reward_mean`), pass@1 and pass@k over all tasks; rollouts that failed have
         no reward and count as 0."""
-        tasks = [self.environment.task(i) for i in range(self.tasks)]
-        groups = self.collector.collect(tasks, range(self.tasks))
+        groups = self.collector.collect(self.tasks, range(len(self.tasks)))
         rewards = np.array([[r.reward or 0.0 for r in group.rollouts] for group in groups])
         lengths = [r.length for group in groups for r in group.rollouts]
         failed = sum(r.failure is not None for group in groups for r in group.rollouts)
@@ -235,4 +308,5 @@ class Evaluation:
             f"eval/pass@{rewards.shape[1]}": float(solved.any(axis=1).mean()),
             "eval/length_mean": float(np.mean(lengths)),
             "eval/failed": float(failed),
+            "eval/seen": float(self.seen),
         }

@@ -12,7 +12,8 @@ import uvicorn
 from jaxrl.options import from_config
 from jaxrl.serve import listening
 from jaxrl.serve_config import ServeConfig
-from jaxrl.serving.app import Served, make_app
+from jaxrl.serving.app import make_app
+from jaxrl.serving.served import Served
 from jaxrl.serving.start import started
 
 ENGINE = {"max_len": 256, "slots": 4, "page": 16, "dtype": "float32", "warm_up": False}
