@@ -10,8 +10,9 @@ from jaxrl.config import default_config
 from jaxrl.rl_config import RlConfig
 
 MODEL = pathlib.Path("runs/SmolLM2-135M-Instruct")
-ENV = """{"dataset": "chain_sum", "count": 2000, "seed": 0, "tags": false,
-"options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}}"""
+# Sums and differences of two or three digits; few enough that others are left to be held out.
+ENV = """{"dataset": "chain_sum", "count": 200, "seed": 0, "tags": false,
+"options": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}}"""
 
 
 def get_config():
@@ -25,16 +26,17 @@ def get_config():
     config.env.name = "reasoning_gym"
     config.env.options = ENV
     config.eval.tasks = 200
-    config.eval.options = '{"seed": 1000003}'
-    config.eval.every = 20
+    config.eval.options = '{"seed": 1000003, "count": 1000}'
+    config.eval.every = 10
     config.seq_len = 256
     config.rollout.max_tokens = 32
     config.tasks_per_step = 8
     config.algorithm.group_size = 8
-    config.max_steps = 60
-    config.checkpoint.every = 20
-    config.optimizer.learning_rate = 1e-5
-    config.optimizer.warmup_steps = 5
+    config.rollout.decode_steps = 16
+    config.max_steps = 30
+    config.checkpoint.every = 10
+    config.optimizer.learning_rate = 2e-5
+    config.optimizer.warmup_steps = 2
     # Memory is not what a CPU is short of.
     config.train.ac = "none"
     config.train.compute_dtype = "float32"

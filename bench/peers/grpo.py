@@ -91,7 +91,8 @@ def never_end(model):
     """Let completions end at a token that is not drawn."""
     file = model / "tokenizer_config.json"
     settings = json.loads(file.read_text())
-    vocabulary = {t["content"]: int(i) for i, t in settings["added_tokens_decoder"].items()}
+    added = json.loads((model / "tokenizer.json").read_text())["added_tokens"]
+    vocabulary = {token["content"]: token["id"] for token in added}
     settings["eos_token"] = NEVER
     file.write_text(json.dumps(settings))
     for name in ("config.json", "generation_config.json"):
