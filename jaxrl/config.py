@@ -167,7 +167,9 @@ class StepConfig(StepOptions):
         "ulysses", "How attention works over the context axis."
     )
     routing: Literal["model", "balanced", "zipf"] = option("model", "Who chooses experts.")
-    skip_empty: bool = option(False, "Last micro-batches without a trained token cost nothing.")
+    skip_empty: bool = option(
+        False, "Last micro-batches without a trained token, and others' logits, cost nothing."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

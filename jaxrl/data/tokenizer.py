@@ -1,13 +1,16 @@
 """A checkpoint's tokenizer, its chat template, and the tokens that end a turn."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxrl.data.tool_calls import function_of
 from jaxrl.options import ConfigError
 
 
@@ -23,6 +26,46 @@ class Tokenizer:
     @functools.cached_property
     def stop_texts(self) -> tuple[str, ...]:
         return tuple(self.hf.convert_ids_to_tokens(list(self.stop_ids)))
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        **variables: Any,
+    ) -> str:
+        """A conversation as the chat template writes it, up to where the model's turn begins.
+
+        tools: JSON schemas. variables: the template's own. Raises ConfigError, in a line, for what
+        the template refuses or does not show.
+        """
+        schemas = [dict(tool) for tool in tools]
+        try:
+            text = self.hf.apply_chat_template(
+                [_for_template(message) for message in messages],
+                tools=schemas or None,
+                tokenize=False,
+                add_generation_prompt=True,
+                **variables,
+            )
+        except Exception as error:  # of any kind: templates look into messages as they please
+            line = " ".join(str(error).split())[:200]
+            raise ConfigError(f"the chat template refuses the messages: {line}") from None
+        for tool in schemas:  # a template that knows no tools leaves them out without a word
+            name = function_of(tool).get("name")
+            if not name or str(name) not in text:
+                raise ConfigError(f"the model's chat template does not show the tool {name!r}")
+        return text
+
+
+def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Templates take the arguments of calls as objects, clients send them as JSON text."""
+    found = dict(message)
+    for i, call in enumerate(calls := list(found.get("tool_calls", ()))):
+        function = dict(function_of(call))
+        with contextlib.suppress(ValueError, TypeError):
+            function["arguments"] = json.loads(function["arguments"])
+        calls[i] = {**call, "function": function}
+    return found | ({"tool_calls": calls} if calls else {})
 
 
 def load_tokenizer(name: str | pathlib.Path, vocab_size: int, chat_template: str = "") -> Tokenizer:

@@ -14,11 +14,14 @@ type Message = Mapping[str, Any]
 @dataclasses.dataclass(frozen=True)
 class Task:
     """One thing to do. id: the same for the same task, always. messages: the conversation up to the
-    model's first turn. info: what a reward needs to know, such as the right answer."""
+    model's first turn. info: what a reward needs to know, such as the right answer. tools: JSON
+    schemas of functions that the model may call, as chat templates take them; a turn's calls are in
+    its text (`data.tool_calls`), and replies answer them with messages of role "tool"."""
 
     id: str
     messages: tuple[Message, ...]
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 class Environment(Protocol):

@@ -4,19 +4,22 @@ import asyncio
 import importlib.util
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxrl.envs.protocol import Message, SingleTurn, Task
+from jaxrl.data.tool_calls import parse_tool_calls
+from jaxrl.envs.protocol import Message, Task, last_turn
+from jaxrl.envs.verifiers_tools import opened
 from jaxrl.options import ConfigError
 
 
-class VerifiersTasks(SingleTurn):
+class VerifiersTasks:
     """The first `count` tasks of the taskset `taskset` (0: all), made with `config`.
 
-    reward: the sum of its rewards by their weights; each of them, and its metrics, are figures. Of
-    its tasks those are taken that a conversation answers: one that needs a container, tools, a
-    picture or a running machine to be scored in is refused, as it would be here without them.
+    reward: the sum of its rewards by their weights; each of them, and its metrics, are figures.
+    Tools are called where rewards are computed, as the model's turns ask for them; each time those
+    of earlier turns are called again before, so they must do the same again. A taskset that needs
+    a container, a picture, another model, or a running machine to be scored in is refused.
     """
 
     def __init__(self, *, taskset: str, count: int = 0, config: Mapping[str, Any] | None = None):
@@ -35,25 +38,41 @@ class VerifiersTasks(SingleTurn):
         except Exception as error:  # of any kind: the package is not ours
             line = " ".join(str(error).split())[:300]
             raise ConfigError(f"the taskset {taskset!r} cannot be loaded: {line}") from error
-        self._name = taskset
-        for task in self._tasks[:1]:
+        self._name, self._taskset = taskset, loaded
+        self._schemas: dict[type, tuple[Any, ...]] = {}  # of the tools of each kind of task
+        for kind, task in {type(task): task for task in reversed(self._tasks)}.items():
             _check(task, loaded, taskset)
+            self._schemas[kind] = asyncio.run(self._list_tools(task))
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def task(self, index: int) -> Task:
-        data = self._tasks[index].data
+        theirs = self._tasks[index]
+        data = theirs.data
         messages = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
         if isinstance(data.prompt, str):
             messages.append({"role": "user", "content": data.prompt})
         else:
             messages += [_plain(message) for message in data.prompt or ()]
-        return Task(f"{self._name}/{data.id or index}", tuple(messages), {"index": index})
+        name = f"{self._name}/{data.id or index}"
+        return Task(name, tuple(messages), {"index": index}, self._schemas[type(theirs)])
+
+    def reply(self, task: Task, messages: Sequence[Message]) -> Sequence[Message]:
+        """What the tools that the last turn calls return."""
+        calls = parse_tool_calls(last_turn(messages), task.tools)[1]
+        if not calls:
+            return ()
+        answers = asyncio.run(self._call(task, messages, self._state(task)))
+        pairs = zip(calls, answers[-len(calls) :], strict=True)
+        return [{"role": "tool", "name": c["name"], "content": text} for c, text in pairs]
 
     def score(self, task: Task, messages: Sequence[Message]) -> dict[str, float]:
-        theirs = self._tasks[task.info["index"]]
-        trace = _trace(theirs, messages, given=len(task.messages))
+        theirs, state = self._tasks[task.info["index"]], self._state(task)
+        if task.tools:
+            answered = [i for i, message in enumerate(messages) if message["role"] == "tool"]
+            asyncio.run(self._call(task, messages[: max(answered, default=0)], state))
+        trace = _trace(theirs, messages, task, state)
         asyncio.run(theirs.score(trace))
         figures = {name: float(value) for name, value in trace.metrics.items() if value is not None}
         figures |= {
@@ -62,6 +81,26 @@ class VerifiersTasks(SingleTurn):
             if reward is not None
         }
         return figures | {"reward": float(trace.reward)}
+
+    def _state(self, task: Task) -> Any:
+        """What the tools and rewards of a rollout share, as it begins."""
+        from verifiers.v1.state import state_cls
+
+        return state_cls(type(self._tasks[task.info["index"]]))()
+
+    async def _list_tools(self, theirs: Any) -> tuple[Any, ...]:
+        from verifiers.v1.state import state_cls
+
+        async with opened(theirs, self._taskset, state_cls(type(theirs))()) as tools:
+            return tuple(tools.schemas.values())
+
+    async def _call(self, task: Task, messages: Sequence[Message], state: Any) -> list[str]:
+        """What the tools return that turns in `messages` call, in order; they change `state`."""
+        said = [m["content"] for m in messages[len(task.messages) :] if m["role"] == "assistant"]
+        theirs = self._tasks[task.info["index"]]
+        async with opened(theirs, self._taskset, state) as tools:
+            calls = [call for text in said for call in parse_tool_calls(text, task.tools)[1]]
+            return [await tools.call(call) for call in calls]
 
 
 def _check(task: Any, taskset: Any, name: str) -> None:
@@ -74,8 +113,9 @@ def _check(task: Any, taskset: Any, name: str) -> None:
     needs = []
     if type(task).NEEDS_CONTAINER or task.data.image:
         needs.append("a container")
-    if task.toolsets(task.config) or taskset.toolsets(taskset.config):
-        needs.append("tools")
+    toolsets = [*task.toolsets(task.config), *taskset.toolsets(taskset.config)]
+    if any(getattr(toolset.config, "url", None) for toolset in toolsets):
+        needs.append("a server of tools")
     signals = [*task.hooks("reward"), *task.hooks("metric")]
     if any(map(needs_runtime, [*signals, *(judge.score for judge in task.plugged_judges())])):
         needs.append("a runtime to be scored in")
@@ -83,8 +123,8 @@ def _check(task: Any, taskset: Any, name: str) -> None:
         needs.append("somebody who begins the conversation")
     if needs:
         raise ConfigError(
-            f"the taskset {name!r} needs {' and '.join(needs)}; jaxrl takes tasks that one turn of "
-            "the model answers"
+            f"the taskset {name!r} needs {' and '.join(needs)}; jaxrl takes tasks that the model "
+            "answers alone or with tools"
         )
 
 
@@ -96,26 +136,49 @@ def _plain(message: Any) -> Message:
     return {"role": message.role, "content": content_text(message.content)}
 
 
-def _trace(task: Any, messages: Sequence[Message], given: int) -> Any:
-    """The conversation as its rewards look at it; the first `given` messages are the task's."""
+def _trace(theirs: Any, messages: Sequence[Message], task: Task, state: Any) -> Any:
+    """The conversation as its rewards look at it."""
     import verifiers.v1 as vf
-    from verifiers.v1.state import state_cls
     from verifiers.v1.trace import AgentInfo, Trace, TraceTask
 
-    kinds = {"system": vf.SystemMessage, "user": vf.UserMessage, "assistant": vf.AssistantMessage}
     nodes = [
         vf.MessageNode(
             parent=i - 1 if i else None,
-            message=kinds[message["role"]](content=message["content"]),
-            sampled=i >= given and message["role"] == "assistant",
+            message=message,
+            sampled=i >= len(task.messages) and message.role == "assistant",
         )
-        for i, message in enumerate(messages)
+        for i, message in enumerate(_typed(messages, task))
     ]
     return Trace(
-        task=TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash),
+        task=TraceTask(
+            type=type(theirs).__name__, data=theirs.data, key=theirs.key, hash=theirs.hash
+        ),
         agent=AgentInfo(config=vf.AgentConfig()),
         nodes=nodes,
-        state=state_cls(type(task))(),
+        state=state,
         is_completed=True,
         ok=True,
     )
+
+
+def _typed(messages: Sequence[Message], task: Task) -> Iterator[Any]:
+    """The messages as verifiers has them: calls apart from what is said, answers by their ids."""
+    import verifiers.v1 as vf
+
+    open_calls: list[Any] = []
+    for i, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        if role == "system":
+            yield vf.SystemMessage(content=content)
+        elif role == "user":
+            yield vf.UserMessage(content=content)
+        elif role == "tool":
+            call = open_calls.pop(0)
+            yield vf.ToolMessage(tool_call_id=call.id, content=content, name=call.name)
+        else:
+            said, calls = parse_tool_calls(content, task.tools if i >= len(task.messages) else ())
+            open_calls = [
+                vf.ToolCall(id=f"{i}-{n}", name=call["name"], arguments=call["arguments"])
+                for n, call in enumerate(calls)
+            ]
+            yield vf.AssistantMessage(content=said, tool_calls=list(open_calls) or None)

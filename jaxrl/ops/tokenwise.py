@@ -10,10 +10,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from jaxrl.ops.linear import cast_params
 
 type TokenFn = Callable
+
+
+def values_of_first(fn: TokenFn, trainable, frozen, x, *, used: Int[Array, ""], chunk: int) -> Any:
+    """`fn(trainable, frozen, x)` of the first `used` tokens, and zeros for the others: chunks that
+    have none of the first cost nothing. Not differentiable; see `pull_back`."""
+    tokens = jax.tree.leaves(x)[0].shape[0]
+    parts = _split(x, min(chunk, tokens) if chunk > 0 else tokens)
+    low = cast_params(trainable, _compute_dtype(x))
+
+    def body(i, y):
+        return _put(y, i, fn(low, frozen, _at(parts, i)))
+
+    one = jax.eval_shape(fn, low, frozen, _at(parts, 0))
+    return _join(jax.lax.fori_loop(0, _chunks(used, parts), body, _room(parts, one)), tokens)
 
 
 def tokenwise(fn: TokenFn, trainable, frozen, x, *, chunk: int, dtype=None) -> Any:
@@ -54,9 +69,12 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def pull_back(
-    fn: TokenFn, trainable, frozen, x, dy, grads, *, chunk: int, dtype=None
+    fn: TokenFn, trainable, frozen, x, dy, grads, *, chunk: int, dtype=None, used=None
 ) -> tuple[Any, Any, Any]:
     """Chunk by chunk: y, and its cotangent dy pulled back to `trainable` and x.
+
+    used: number of the first tokens; y and dx of the others are zeros, and chunks that have none of
+    the first cost nothing. None: all.
 
     Returns (grads + d trainable, dx, y). grads: fp32 arrays like `trainable`, updated in place.
     Integer leaves of x (token ids) get None in dx. One pass: the forward of a chunk serves both
@@ -87,6 +105,17 @@ def pull_back(
         grads = jax.tree.map(jnp.add, grads, cast_params(dtrainable, jnp.float32))
         return grads, (dx, y)
 
+    if used is not None:
+        parts = _split((x, dy), chunk)
+
+        def step(i, carry):
+            grads, found = body(carry[0], _at(parts, i))
+            return grads, _put(carry[1], i, found)
+
+        one = jax.eval_shape(lambda: body(grads, _at(parts, 0))[1])
+        start = (grads, _room(parts, one))
+        grads, (dx, y) = jax.lax.fori_loop(0, _chunks(used, parts), step, start)
+        return grads, _join(dx, tokens), _join(y, tokens)
     if chunk == tokens:
         grads, (dx, y) = body(grads, (x, dy))
         return grads, dx, y
@@ -96,6 +125,30 @@ def pull_back(
 
 def _compute_dtype(x):
     return next(a.dtype for a in jax.tree.leaves(x) if jnp.issubdtype(a.dtype, jnp.inexact))
+
+
+# Of trees of arrays [chunks, chunk, ...]:
+
+
+def _chunks(used, parts):
+    """The number of chunks that hold the first `used` tokens."""
+    chunk = jax.tree.leaves(parts)[0].shape[1]
+    return (used + chunk - 1) // chunk
+
+
+def _at(parts, i):
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), parts)
+
+
+def _put(parts, i, one):
+    put = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda a, b: put(a, b, i, 0), parts, one)
+
+
+def _room(parts, one):
+    """Zeros for what each chunk gives, of which `one` is a chunk's."""
+    count = jax.tree.leaves(parts)[0].shape[0]
+    return jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), one)
 
 
 def _split(tree, chunk: int):

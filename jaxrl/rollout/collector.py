@@ -90,7 +90,7 @@ class Collector:
         for rollout in group.rollouts:
             rollout.messages = list(task.messages)
         try:
-            prompt = self._tokens(self._text(task.messages))
+            prompt = self._tokens(self._text(task, task.messages))
             sampling = dataclasses.replace(self.sampling, n=self.group_size, seed=seed)
             request = self.engine.submit(prompt, self._within(len(prompt), sampling))
         except (ConfigError, PromptRefused) as error:
@@ -194,14 +194,11 @@ class Collector:
         most = min(sampling.max_tokens or room, room)
         return dataclasses.replace(sampling, max_tokens=most)
 
-    def _text(self, messages: Sequence[Message]) -> str:
+    def _text(self, task: Task, messages: Sequence[Message]) -> str:
         try:
-            return self.tokenizer.hf.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # of any kind: templates look into messages as they please
-            line = " ".join(str(error).split())[:200]
-            raise PromptRefused(f"the chat template refuses it: {line}") from None
+            return self.tokenizer.chat_text(messages, task.tools)
+        except ConfigError as error:
+            raise PromptRefused(str(error)) from None
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer.hf(text, add_special_tokens=False).input_ids
@@ -221,7 +218,7 @@ class Collector:
         """
         replies = rollout.messages[len(before) :]
         turn = {"role": "assistant", "content": _PLACE}
-        behind = self._text([*before[:-1], turn, *replies]).rpartition(_PLACE)[2]
+        behind = self._text(rollout.task, [*before[:-1], turn, *replies]).rpartition(_PLACE)[2]
         last = self.tokenizer.hf.convert_ids_to_tokens(rollout.tokens[-1])
         if not behind.startswith(last):
             raise PromptRefused(f"the chat template writes no {last!r} behind the model's turn")

@@ -17,11 +17,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxrl.options import ConfigError, at_least
+from jaxrl.rl_config import RolloutConfig
 from jaxrl.rollout.cache import NOBODYS, Pages
 from jaxrl.rollout.programs import ROWS, Decoding, Programs
 from jaxrl.rollout.requests import Completion, Request, Sampling
 from jaxrl.rollout.sampling import Choice
 from jaxrl.rollout.text import TextStream
+from jaxrl.serve_config import EngineConfig
 
 STOPS = 8  # stop tokens that a sequence has room for before another shape is compiled
 
@@ -50,6 +52,18 @@ class EngineLimits:
             raise ConfigError(
                 f"cache_tokens {self.cache_tokens} hold no sequence of max_len {self.max_len}"
             )
+
+    @classmethod
+    def of(cls, options: "RolloutConfig | EngineConfig", max_len: int) -> "EngineLimits":
+        """Those that a run's or a server's options ask for."""
+        return cls(
+            slots=options.slots,
+            max_len=max_len,
+            cache_tokens=options.cache_tokens,
+            page=options.page,
+            steps=options.decode_steps,
+            prefill_tokens=options.prefill_tokens,
+        )
 
     @property
     def pages(self) -> int:

@@ -6,6 +6,7 @@ servers read, too: all hosts see the same paths.
 
 import contextlib
 import importlib.util
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -105,7 +106,10 @@ def ray_workers(
     if ours:
         try:
             ray.init(
-                address or None, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+                address or None,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"no Ray cluster at {address or 'this host'}: {error}") from None

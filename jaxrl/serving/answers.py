@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxrl.data.tool_calls import BEGINS, parse_tool_calls
 from jaxrl.serving.schema import ChatRequest, CompletionRequest
 from jaxrl.serving.service import Delta
-from jaxrl.serving.tool_calls import BEGINS, parse_tool_calls
 
 
 @dataclasses.dataclass

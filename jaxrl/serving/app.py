@@ -3,10 +3,8 @@
 import asyncio
 import contextlib
 import hmac
-import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
 
 import prometheus_client
 from fastapi import FastAPI, Request, Response
@@ -24,7 +22,6 @@ from jaxrl.serving.answers import Answers, Choice, event, failure
 from jaxrl.serving.schema import ChatRequest, CompletionRequest, UpdateRequest
 from jaxrl.serving.served import Served
 from jaxrl.serving.service import Busy, Ticket
-from jaxrl.serving.tool_calls import function_of
 
 OPEN = ("/health", "/metrics")  # without a key
 
@@ -252,33 +249,8 @@ def _chat_prompt(tokenizer: Tokenizer, asked: ChatRequest) -> Sequence[int]:
     chat = parse_sample({"messages": asked.messages, "tools": asked.tools})
     assert isinstance(chat, Conversation)
     tools = [dict(tool) for tool in chat.tools or ()] if asked.tool_choice != "none" else []
-    try:
-        text = tokenizer.hf.apply_chat_template(
-            [_for_template(message) for message in chat.messages],
-            tools=tools or None,
-            tokenize=False,
-            add_generation_prompt=True,
-            **asked.chat_template_kwargs,
-        )
-    except Exception as error:  # of any kind: templates look into messages as they please
-        line = " ".join(str(error).split())[:200]
-        raise ConfigError(f"the chat template refuses the messages: {line}") from None
-    for tool in tools:  # a template that knows no tools leaves them out without a word
-        name = function_of(tool).get("name")
-        if not name or str(name) not in text:
-            raise ConfigError(f"the model's chat template does not show the tool {name!r}")
+    text = tokenizer.chat_text(chat.messages, tools, **asked.chat_template_kwargs)
     return tokenizer.hf(text, add_special_tokens=False).input_ids
-
-
-def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Templates take the arguments of calls as objects, clients send them as JSON text."""
-    found = dict(message)
-    for i, call in enumerate(calls := list(found.get("tool_calls", ()))):
-        function = dict(function_of(call))
-        with contextlib.suppress(ValueError, TypeError):
-            function["arguments"] = json.loads(function["arguments"])
-        calls[i] = {**call, "function": function}
-    return found | ({"tool_calls": calls} if calls else {})
 
 
 def _refused(

@@ -107,14 +107,7 @@ def started(config: ServeConfig) -> Iterator[Served]:
             attention=options.attention,
             grouped_matmul=options.grouped_matmul,
         ),
-        EngineLimits(
-            slots=options.slots,
-            max_len=options.max_len,
-            cache_tokens=options.cache_tokens,
-            page=options.page,
-            steps=options.decode_steps,
-            prefill_tokens=options.prefill_tokens,
-        ),
+        EngineLimits.of(options, options.max_len),
         stop_tokens=tokenizer.stop_ids,
         tokenizer=tokenizer.hf,
     )

@@ -1,5 +1,6 @@
 """Loss and gradient of a batch on one device of the mesh: the body of the step's `shard_map`."""
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxrl.data.routing import expert_choices
 from jaxrl.models.attention import LayerContext
@@ -17,7 +18,7 @@ from jaxrl.models.moe import ExpertOps
 from jaxrl.models.transformer import merge_trees
 from jaxrl.ops.linear import cast_params
 from jaxrl.ops.logprob import token_logprob
-from jaxrl.ops.tokenwise import pull_back, tokenwise
+from jaxrl.ops.tokenwise import pull_back, tokenwise, values_of_first
 from jaxrl.parallel import vocab
 from jaxrl.parallel.context import AXIS as CONTEXT
 from jaxrl.parallel.expert import make_exchange
@@ -194,11 +195,20 @@ class Gradients:
         inputs = (x.reshape(-1, x.shape[-1]), batch.targets.reshape(-1))
         chunk = self.config.head_chunk
         mask = batch.mask
+        first = self.trained_first(mask) if self.config.skip_empty else None
+        if first is not None:
+            inputs = jax.tree.map(first.take, inputs)
         if self.config.type == "sft":
             weight = -scale * mask.astype(jnp.float32)
             metrics = {}
         else:
-            values, _ = tokenwise(logprobs, trainable, fixed, inputs, chunk=chunk)
+            if first is None:
+                values, _ = tokenwise(logprobs, trainable, fixed, inputs, chunk=chunk)
+            else:
+                found, _ = values_of_first(
+                    logprobs, trainable, fixed, inputs, used=first.used, chunk=chunk
+                )
+                values = first.put_back(found)
             if batch.sampler_logprobs is None or batch.advantages is None:
                 raise ValueError("an RL batch needs advantages and sampler_logprobs [M, B, T]")
             rl = RLTokens(
@@ -210,7 +220,9 @@ class Gradients:
             )
             weight, metrics = self.rl_weights(values.reshape(mask.shape), rl)
             weight = weight * scale
-        weight = weight.reshape(-1)
+        weight, flat_mask = weight.reshape(-1), mask.reshape(-1)
+        if first is not None:
+            weight, flat_mask = first.take(weight), first.take(flat_mask)
         head_grads = {"norm": grads["final_norm"], "w": grads[name]} if full else {}
         # A replicated parameter's accumulator is this device's own sum until the step's end.
         head_grads, (dx, _), (values, entropy) = pull_back(
@@ -221,14 +233,24 @@ class Gradients:
             (weight, jnp.zeros_like(weight)),
             head_grads,
             chunk=chunk,
+            used=None if first is None else first.used,
         )
+        if first is not None:
+            dx = first.put_back(dx)
         if full:
             grads = grads | {"final_norm": head_grads["norm"], name: head_grads["w"]}
-        flat_mask = mask.reshape(-1)
         if self.config.type == "sft":
             metrics["loss"] = -jnp.sum(jnp.where(flat_mask, values, 0.0))
         metrics["entropy"] = jnp.sum(jnp.where(flat_mask, entropy, 0.0))
         return grads, dx, metrics
+
+    def trained_first(self, mask: Bool[Array, "B T"]) -> "First":
+        """This device's tokens with the trained ones first, which are what the head computes."""
+        flat = mask.reshape(-1)
+        used = jnp.sum(flat, dtype=jnp.int32)
+        if self.size > 1:  # they share out the vocabulary, chunk by chunk
+            used = jax.lax.pmax(used, EVERYWHERE)
+        return First(jnp.argsort(~flat, stable=True), used)
 
     def token_logprobs(self, params, frozen, batch: Predictions):
         """Log-prob of each of a micro-batch's targets [B, T], without a gradient."""
@@ -281,6 +303,22 @@ class Gradients:
 
     def sum_devices(self, x):
         return jax.lax.psum(x, EVERYWHERE) if self.size > 1 else x
+
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    """An order of tokens, of which the first `used` matter."""
+
+    order: Int[Array, " T"]
+    used: Int[Array, ""]
+
+    def take(self, values: Shaped[Array, "T ..."]) -> Shaped[Array, "T ..."]:
+        """In this order."""
+        return values[self.order]
+
+    def put_back(self, values: Shaped[Array, "T ..."]) -> Shaped[Array, "T ..."]:
+        """From this order into the tokens' own."""
+        return jnp.zeros_like(values).at[self.order].set(values, unique_indices=True)
 
 
 def one(batch: Predictions, i) -> Predictions:

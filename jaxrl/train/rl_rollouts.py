@@ -174,14 +174,7 @@ def make_engine(config: RlConfig, program: Program, tokenizer: Tokenizer) -> Eng
             attention=config.train.attention,
             grouped_matmul=config.train.grouped_matmul,
         ),
-        EngineLimits(
-            slots=options.slots,
-            max_len=config.seq_len,
-            cache_tokens=options.cache_tokens,
-            page=options.page,
-            steps=options.decode_steps,
-            prefill_tokens=options.prefill_tokens,
-        ),
+        EngineLimits.of(options, config.seq_len),
         stop_tokens=tokenizer.stop_ids,
     )
 

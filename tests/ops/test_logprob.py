@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.ops.logprob import token_logprob
-from jaxrl.ops.tokenwise import pull_back, tokenwise
+from jaxrl.ops.tokenwise import pull_back, tokenwise, values_of_first
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.perf.hlo import summarize
 
@@ -91,6 +91,32 @@ def test_large_logits_stay_finite():
     (logprob, entropy), dx, dw = jax.jit(value_and_gradients)(1e4 * x, w, targets, dy)
     assert all(np.all(np.isfinite(a)) for a in (logprob, entropy, dx, dw))
     assert np.min(logprob) < -1e3 and np.all(np.abs(entropy) < 4)
+
+
+@pytest.mark.parametrize(("used", "computed"), [(0, 0), (1, 1), (4, 1), (5, 2), (T, 4)])
+def test_only_chunks_of_the_first_tokens_are_computed(used, computed):
+    x, w, targets, dy = inputs()
+    seen = []
+
+    def logprobs(w, frozen, x):
+        jax.debug.callback(lambda: seen.append(1))
+        return token_logprob(x[0], w, x[1])
+
+    first = jnp.arange(T) < used
+    dy = tuple(jnp.where(first, a, 0) for a in dy)
+    y, vjp = jax.vjp(lambda w, x: token_logprob(x, w, targets), w, x)
+    dw, dx = vjp(dy)
+    zeros, options = jnp.zeros_like(w), {"chunk": 4, "used": jnp.asarray(used)}
+    found = pull_back(logprobs, w, {}, (x, targets), dy, zeros, **options)
+    values = values_of_first(logprobs, w, {}, (x, targets), **options)
+    jax.effects_barrier()
+    assert len(seen) == 2 * computed
+    for a, b in ((found[0], dw), (found[1][0], dx)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for some in (found[2], values):
+        for a, b in zip(some, y, strict=True):
+            np.testing.assert_allclose(a[: 4 * computed], b[: 4 * computed], rtol=1e-5)
+            assert not np.any(a[4 * computed :])
 
 
 @pytest.mark.parametrize("through", ["tokenwise", "pull_back"])

@@ -3,9 +3,10 @@
 import itertools
 
 import pytest
-from tiny_run import tiny_checkpoint
+from tiny_run import CHATML, tiny_checkpoint
 
 from jaxrl.data.tokenizer import load_tokenizer
+from jaxrl.data.tool_calls import parse_tool_calls
 from jaxrl.envs.isolated import Isolated
 from jaxrl.envs.protocol import SingleTurn, Task, last_turn
 from jaxrl.options import ConfigError
@@ -126,6 +127,39 @@ def test_turns_and_replies_alternate_as_the_template_writes_them(tokenizer, isol
     assert [sampling.seed for sampling in again.samplings] == seeds
 
 
+class Calls(Asks):
+    """Answers calls of the tool "now"."""
+
+    def task(self, index):
+        return Task(str(index), ({"role": "user", "content": "go"},), tools=({"name": "now"},))
+
+    def reply(self, task, messages):
+        calls = parse_tool_calls(last_turn(messages), task.tools)[1]
+        return [{"role": "tool", "content": call["name"] + "!"} for call in calls]
+
+
+def test_tools_are_in_the_prompt_and_their_answers_behind_the_call(tmp_path):
+    (tmp_path / "tools.jinja").write_text(
+        "{% for t in tools or [] %}{{ t.name }} {% endfor %}" + CHATML
+    )
+    folder = tiny_checkpoint(tmp_path / "model")
+    tokenizer = load_tokenizer(folder, 264, str(tmp_path / "tools.jinja"))
+    said = '<tool_call>{"name": "now"}</tool_call>'
+    with Isolated("test_collector:Calls", {}) as isolated:
+        (group,), _, _ = collected(tokenizer, isolated, said, "done", environment=Calls())
+        (rollout,) = group.rollouts
+        assert list(shown(tokenizer, rollout)) == [
+            (False, "now <|im_start|>user\ngo<|im_end|>\n<|im_start|>assistant\n"),
+            (True, f"{said}<|im_end|>"),
+            (False, "\n<|im_start|>tool\nnow!<|im_end|>\n<|im_start|>assistant\n"),
+            (True, "done<|im_end|>"),
+        ]
+        assert rollout.reward == 2.0
+        plain = load_tokenizer(folder, 264)  # whose template knows no tools
+        (group,), _, _ = collected(plain, isolated, environment=Calls())
+    assert "does not show the tool 'now'" in group.rollouts[0].failure
+
+
 def test_a_turn_that_is_cut_off_is_scored_as_it_is(tokenizer, isolated):
     (group,), _, _ = collected(tokenizer, isolated, "first...")
     (rollout,) = group.rollouts
@@ -173,4 +207,4 @@ def test_a_conversation_that_the_template_refuses_is_a_failure(tokenizer, isolat
             return Task("odd", ({"role": "user"},))
 
     (group,), _, _ = collected(tokenizer, isolated, environment=Odd())
-    assert group.rollouts[0].failure.startswith("prompt: the chat template refuses it: ")
+    assert group.rollouts[0].failure.startswith("prompt: the chat template refuses the messages: ")

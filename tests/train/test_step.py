@@ -55,6 +55,8 @@ CASES = {
     "rl_dppo_kl": {"type": "rl", "loss": LossConfig(name="dppo_kl")},
     "rl_gspo_ref": {"type": "rl", "loss": GSPO},
     "rl_skip_empty": {"type": "rl", "skip_empty": True},
+    "rl_skip_chunks": {"type": "rl", "skip_empty": True, "head_chunk": 24, "temperature": 0.7},
+    "rl_skip_chunks_lora": {"type": "rl", "skip_empty": True, "head_chunk": 24, "rank": 4},
     "rl_chunks": {"type": "rl", "head_chunk": 48, "mlp_chunk": 40, "temperature": 0.7},
     "sft_chunks_lora": {"type": "sft", "rank": 4, "head_chunk": 48, "mlp_chunk": 40},
     "untied": {"type": "sft", "model": TINY.replace(tie_embeddings=False, attention_bias=True)},
@@ -83,7 +85,7 @@ def test_gradient_is_that_of_the_plain_loss(name):
     assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(grads))
 
 
-EIGHT = ["sft", "rl_chunks", "rl_gspo_ref", "rl_skip_empty", "sft_chunks_lora", "untied"]
+EIGHT = ["sft", "rl_chunks", "rl_gspo_ref", "rl_skip_chunks", "sft_chunks_lora", "untied"]
 
 
 @pytest.mark.parametrize("name", EIGHT)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxrl.serving.tool_calls import parse_tool_calls
+from jaxrl.data.tool_calls import parse_tool_calls
 
 TOOLS = [
     {
