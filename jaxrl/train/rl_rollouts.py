@@ -83,6 +83,8 @@ def make_pool(
     else:
         from jaxrl.rollout.ray_workers import ray_workers
 
+        if program.step.target.backend == "gpu" and not options.ray_gpus:
+            say("Ray's rollout workers get no GPU, and draw on CPUs; see config.rollout.ray_gpus")
         made = ray_workers(
             _served(config, folder),
             options.ray_workers,
