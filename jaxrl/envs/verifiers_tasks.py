@@ -4,7 +4,8 @@ import asyncio
 import importlib.util
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 from jaxrl.data.tool_calls import parse_tool_calls
@@ -42,7 +43,13 @@ class VerifiersTasks:
         self._schemas: dict[type, tuple[Any, ...]] = {}  # of the tools of each kind of task
         for kind, task in {type(task): task for task in reversed(self._tasks)}.items():
             _check(task, loaded, taskset)
-            self._schemas[kind] = asyncio.run(self._list_tools(task))
+            try:
+                self._schemas[kind] = _run(self._list_tools(task))
+            except ConfigError:
+                raise
+            except Exception as error:  # of any kind, again
+                line = " ".join(str(error).split())[:300]
+                raise ConfigError(f"the tools of {taskset!r} cannot be set up: {line}") from error
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -63,7 +70,7 @@ class VerifiersTasks:
         calls = parse_tool_calls(last_turn(messages), task.tools)[1]
         if not calls:
             return ()
-        answers = asyncio.run(self._call(task, messages, self._state(task)))
+        answers = _run(self._call(task, messages, self._state(task)))
         pairs = zip(calls, answers[-len(calls) :], strict=True)
         return [{"role": "tool", "name": c["name"], "content": text} for c, text in pairs]
 
@@ -71,9 +78,9 @@ class VerifiersTasks:
         theirs, state = self._tasks[task.info["index"]], self._state(task)
         if task.tools:
             answered = [i for i, message in enumerate(messages) if message["role"] == "tool"]
-            asyncio.run(self._call(task, messages[: max(answered, default=0)], state))
+            _run(self._call(task, messages[: max(answered, default=0)], state))
         trace = _trace(theirs, messages, task, state)
-        asyncio.run(theirs.score(trace))
+        _run(theirs.score(trace))
         figures = {name: float(value) for name, value in trace.metrics.items() if value is not None}
         figures |= {
             f"reward/{name}": float(reward.value)
@@ -101,6 +108,12 @@ class VerifiersTasks:
         async with opened(theirs, self._taskset, state) as tools:
             calls = [call for text in said for call in parse_tool_calls(text, task.tools)[1]]
             return [await tools.call(call) for call in calls]
+
+
+def _run[T](what: Coroutine[Any, Any, T]) -> T:
+    """Its result, from a loop of its own: notebooks have one that runs already."""
+    with futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, what).result()
 
 
 def _check(task: Any, taskset: Any, name: str) -> None:

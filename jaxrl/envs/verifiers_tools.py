@@ -24,7 +24,7 @@ class Tools:
         try:
             result = await server.call_tool(name, json.loads(call["arguments"]))
         except Exception as error:  # of any kind: the tools are not ours
-            return f"{type(error).__name__}: {error}"
+            return str(error)
         return "\n".join(getattr(block, "text", str(block)) for block in result.content)
 
 

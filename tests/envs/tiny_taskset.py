@@ -30,7 +30,7 @@ class Sums(vf.Taskset[SumTask, SumsConfig]):
     def load(self):
         for a in range(self.config.high):
             kind = {"": SumTask, "runtime": NeedsRuntime, "container": NeedsContainer}
-            kind |= {"tools": WithTools, "server": WithServer}
+            kind |= {"tools": WithTools, "server": WithServer, "broken": WithBroken}
             data = SumData(prompt=f"{a} + 1?", system_prompt="Add.", answer=a + 1)
             yield kind[self.config.needs](data, self.config.task)
 
@@ -87,6 +87,17 @@ class WithServer(WithTools):
     @classmethod
     def toolsets(cls, config):
         return [SumTools(vf.ToolsetConfig(url="http://127.0.0.1:1"))]
+
+
+class Broken(SumTools):
+    async def setup(self):
+        raise OSError("no index")
+
+
+class WithBroken(WithTools):
+    @classmethod
+    def toolsets(cls, config):
+        return [Broken(vf.ToolsetConfig())]
 
 
 __all__ = ["Sums"]
