@@ -63,7 +63,7 @@ def test_two_processes_learn_and_resume_as_one(model, tmp_path, rank):
 @pytest.mark.slow
 def test_no_servers(model, tmp_path):
     for code, _, said in run_two(model, tmp_path / "run", "max_steps=1"):
-        assert code == 2 and "name them in config.rollout.servers" in said
+        assert code == 2 and "give config.rollout.servers" in said
 
 
 @pytest.mark.slow
