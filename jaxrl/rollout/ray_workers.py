@@ -112,7 +112,8 @@ def ray_workers(
                 logging_level=logging.ERROR,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"no Ray cluster at {address or 'this host'}: {error}") from None
+            where = address or "this host"
+            raise ConfigError(f"no Ray cluster at {where}: {_line(error)}") from None
     actors = []
     try:
         remote = ray.remote(num_gpus=gpus, max_restarts=-1)(EngineActor)

@@ -9,7 +9,7 @@ import jax
 import pytest
 from flax import nnx
 from test_rl import rl
-from tiny_run import metrics, tiny_checkpoint
+from tiny_run import assert_alike, tiny_checkpoint
 
 from jaxrl.models.hf import load_pretrained
 from jaxrl.options import ConfigError
@@ -35,13 +35,7 @@ def test_learns_the_same_from_an_actor(model, tmp_path, rank):
     flags = ("max_steps=2", "checkpoint.every=0", f"lora_rank={rank}")
     assert rl(model, tmp_path / "own/run", *flags) == 0
     assert rl(model, tmp_path / "drawn/run", *flags, "rollout.ray_workers=1") == 0
-    for own, drawn in zip(
-        metrics(tmp_path / "own/run"), metrics(tmp_path / "drawn/run"), strict=True
-    ):
-        for key in ("reward_mean", "loss", "grad_norm", "eval/reward_mean", "mismatch_kl"):
-            assert (key in own) == (key in drawn)
-            if key in own:
-                assert drawn[key] == pytest.approx(own[key], rel=1e-3, abs=1e-5), key
+    assert_alike(tmp_path / "own/run", tmp_path / "drawn/run")
 
 
 def test_an_actor_that_is_killed_is_replaced_and_its_requests_go_to_others(

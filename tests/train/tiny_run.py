@@ -5,6 +5,7 @@ import pathlib
 import random
 
 import jax
+import pytest
 from tiny import TINY
 
 from jaxrl.models.hf import save_pretrained
@@ -87,3 +88,12 @@ def write_config(folder: pathlib.Path, **names: pathlib.Path) -> str:
 
 def metrics(output: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_alike(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Two outputs of RL runs hold the same run, drawn by different engines."""
+    for a, b in zip(metrics(one), metrics(other), strict=True):
+        for key in ("reward_mean", "loss", "grad_norm", "eval/reward_mean", "mismatch_kl"):
+            assert (key in a) == (key in b)
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), key
