@@ -28,15 +28,16 @@ def get_config():
     config.eval.tasks = 200
     config.eval.options = '{"seed": 1000003, "count": 1000}'
     config.eval.every = 10
-    config.seq_len = 128
-    config.rows_per_device = 8
+    # A group's prompt and completions fit into a row.
+    config.seq_len = 512
+    config.rows_per_device = 2
     config.rollout.max_tokens = 32
     config.tasks_per_step = 8
     config.algorithm.group_size = 8
     config.rollout.decode_steps = 16
-    config.max_steps = 20
+    config.max_steps = 30
     config.checkpoint.every = 10
-    config.optimizer.learning_rate = 2e-5
+    config.optimizer.learning_rate = 3e-5
     config.optimizer.warmup_steps = 2
     # Memory is not what a CPU is short of.
     config.train.ac = "none"

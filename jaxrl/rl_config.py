@@ -160,6 +160,10 @@ class RlConfig(RunConfig):
     curriculum: CurriculumConfig = group(CurriculumConfig, "Tasks that are asked less often.")
     loss: RlLossConfig = group(RlLossConfig, "The loss.")
     seq_len: int = option(2048, "Tokens of a rollout at most, and of a row; a multiple of 128.")
+    share_prompts: Literal["auto", "yes", "no"] = option(
+        "auto",
+        "Train on the prompt that several rollouts begin with once; `auto`: where attention can.",
+    )
     tasks_per_step: int = option(16, "Groups that a step trains on.")
     max_steps: int = option(100, "Optimizer steps.")
     seed: int = option(0, "Seed of adapters, of the tasks' order and of what is drawn.")

@@ -10,14 +10,22 @@ from jaxrl.train.batch import Batch
 
 
 def batch_shapes(
-    kind: str, micro_batches: int, rows: int, seq_len: int, *, packed: bool = False
+    kind: str,
+    micro_batches: int,
+    rows: int,
+    seq_len: int,
+    *,
+    packed: bool = False,
+    shared_prompts: bool = False,
 ) -> Batch:
     """The abstract batch [M, B, T] of training type `kind` ("rl" or "sft"); `packed`: with
-    positions and segment ids."""
+    positions and segment ids, shared_prompts: with family ids, too."""
     shape = (micro_batches, rows, seq_len)
     ints: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     floats: Any = jax.ShapeDtypeStruct(shape, jnp.float32) if kind == "rl" else None
     documents: Any = {"positions": ints, "segment_ids": ints} if packed else {}
+    if shared_prompts:
+        documents["family_ids"] = ints
     return Batch(
         tokens=ints, loss_mask=ints, advantages=floats, sampler_logprobs=floats, **documents
     )

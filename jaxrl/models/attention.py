@@ -11,13 +11,15 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.models.layers import Linear, RMSNorm, apply_rope
 from jaxrl.models.moe import ExpertOps
 from jaxrl.models.params import Scope
+from jaxrl.ops.shared_prefix import Families
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerContext:
     """What every layer of one forward pass shares.
 
-    `attend(q, k, v, segment_ids)` is a resolved attention implementation (`ops.attention`);
+    `attend(q, k, v, documents)` is a resolved attention implementation (`ops.attention`), and
+    `documents` what it takes them as: segment ids, for shared prompts `Families`, None for one;
     `mlp_chunk` the number of tokens the MLP works on at a time (0: all of them); `experts` how the
     products of expert layers run, and how tokens reach experts on other devices; `chosen` the
     experts that every layer's router chooses, whatever its scores (benchmarks).
@@ -25,7 +27,7 @@ class LayerContext:
 
     cos: Float[Array, "B T P"]
     sin: Float[Array, "B T P"]
-    segment_ids: Int[Array, "B T"] | None
+    documents: Int[Array, "B T"] | Families | None
     attend: Callable
     mlp_chunk: int = 0
     experts: ExpertOps | None = None
@@ -64,5 +66,5 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, ctx.cos, ctx.sin), apply_rope(k, ctx.cos, ctx.sin)
         with jax.named_scope("attend"):
-            out = ctx.attend(q, k, v, ctx.segment_ids)
+            out = ctx.attend(q, k, v, ctx.documents)
         return self.o(out.reshape(B, T, N * H))

@@ -102,10 +102,10 @@ def _anywhere(target: Target, **_) -> None:
     return None
 
 
-# Ring: the blocks of a sequence that is split over devices, see `attention_blocks`.
-_NO_RING = (
-    "gives no log-sum-exp of a block and takes none in backward, which a ring over devices needs "
-    "(context method 'ulysses' runs it as it is)"
+# Blocks of queries and keys whose results are merged, see `attention_blocks`.
+_NO_BLOCKS = (
+    "gives no log-sum-exp of a block and takes none in backward, which a ring over devices and "
+    "shared prompts need (the context method 'ulysses' and prompts that are not shared do not)"
 )
 
 
@@ -117,11 +117,11 @@ def _why_not_cudnn(
     packed: bool,
     seq_len: int,
     lse: bool = False,
-    ring: bool = False,
+    blocks: bool = False,
     **_,
 ) -> str | None:
-    if ring:
-        return _NO_RING
+    if blocks:
+        return _NO_BLOCKS
     if target.backend != "gpu":
         return f"needs an NVIDIA GPU, and this program is for {target.backend}"
     if target.capability < 80:
@@ -156,11 +156,11 @@ def _why_not_tokamax(
     head_dim: int,
     packed: bool,
     lse: bool = False,
-    ring: bool = False,
+    blocks: bool = False,
     **_,
 ) -> str | None:
-    if ring:
-        return _NO_RING
+    if blocks:
+        return _NO_BLOCKS
     if target.backend != "gpu":
         return f"needs an NVIDIA GPU, and this program is for {target.backend}"
     if lse:

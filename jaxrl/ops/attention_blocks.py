@@ -53,8 +53,24 @@ def resolve_blocks(
     Raises ValueError as `Op.resolve` does.
     """
     case = {"dtype": dtype, "head_dim": head_dim, "packed": packed, "seq_len": seq_len}
-    name, _ = ATTENTION.resolve(name, target, ring=True, **case)
+    name, _ = ATTENTION.resolve(name, target, blocks=True, **case)
     return name, {"triton": _triton, "xla": _xla, "reference": _reference}[name](target)
+
+
+def merge(out, lse, new_out, new_lse):
+    """(out, lse) over both sets of keys: out [B, T, N, H] and lse [B, N, T], fp32.
+
+    Where a query sees none of the new keys, its new lse is -1e30 or less, its new out anything.
+    """
+    total = jnp.logaddexp(lse, new_lse)
+    old, new = (jnp.swapaxes(jnp.exp(a - total), 1, 2)[..., None] for a in (lse, new_lse))
+    return out * old + jnp.where(new > 0, new_out * new, 0.0), total
+
+
+def delta(dout, out):
+    """sum(dout * out) of each query and head, fp32 [B, N, T]; both [B, T, N, H]."""
+    products = dout.astype(jnp.float32) * out.astype(jnp.float32)
+    return jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2)
 
 
 def _triton(target: Target) -> BlockAttention:
@@ -88,14 +104,16 @@ def _xla(target: Target) -> BlockAttention:
         return attention_xla.key_bounds(q.shape[:2], keys, causal=causal, block=block)
 
     def forward(q, k, v, bounds, causal):
-        T, scale, block = q.shape[1], q.shape[-1] ** -0.5, min(attention_xla.BLOCK, q.shape[1])
+        T, scale = q.shape[1], q.shape[-1] ** -0.5
+        block = attention_xla.block_size(T)
         bounds = seen(q, bounds, causal, block)
         q, k, v = (pad(a, block) for a in (q, k, v))
         out, lse = attention_xla.forward(q, k, v, bounds, block, scale, jnp.float32)
         return out[:, :T], lse[:, :, :T]
 
     def backward(q, k, v, bounds, causal, dout, lse, delta):
-        T, scale, block = q.shape[1], q.shape[-1] ** -0.5, min(attention_xla.BLOCK, q.shape[1])
+        T, scale = q.shape[1], q.shape[-1] ** -0.5
+        block = attention_xla.block_size(T)
         bounds = seen(q, bounds, causal, block)
         q, k, v, dout = (pad(a, block) for a in (q, k, v, dout))
         lse, delta = (pad(a, block, axis=2) for a in (lse, delta))

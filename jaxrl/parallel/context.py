@@ -23,8 +23,9 @@ from jaxrl_kernels.documents import document_bounds
 from jaxtyping import Array, Int
 
 from jaxrl.ops.attention import Attend, keepable, resolve_attention
-from jaxrl.ops.attention_blocks import BlockAttention, Bounds, resolve_blocks
+from jaxrl.ops.attention_blocks import BlockAttention, Bounds, delta, merge, resolve_blocks
 from jaxrl.ops.registry import Target
+from jaxrl.ops.shared_prefix import shared_prefix as of_families
 from jaxrl.options import ConfigError
 
 METHODS = ("ring", "ulysses")
@@ -88,12 +89,14 @@ def context_attention(
     num_kv_heads: int,
     packed: bool,
     seq_len: int,
+    shared_prefix: bool = False,
 ) -> Attend:
     """Causal attention over a row of `seq_len` tokens that `size` devices share.
 
-    `fn(q, k, v, segment_ids)` takes and gives this device's shards [B, T/c, ...], in the order of
-    `sequence_order`; rotary embeddings are the caller's. attention: an implementation's name, as
-    for `resolve_attention`; its `jax.checkpoint` names are those of `keepable`.
+    `fn(q, k, v, documents)` takes and gives this device's shards [B, T/c, ...], in the order of
+    `sequence_order`; rotary embeddings are the caller's. documents: segment ids, or None; with
+    `shared_prefix` `Families`. attention: an implementation's name, as for `resolve_attention`; its
+    `jax.checkpoint` names are those of `keepable`.
 
     Raises ValueError as `check_context` and `Op.resolve` do.
     """
@@ -101,16 +104,25 @@ def context_attention(
         method, size=size, seq_len=seq_len, num_heads=num_heads, num_kv_heads=num_kv_heads
     )
     case = {"dtype": dtype, "head_dim": head_dim, "packed": packed, "seq_len": seq_len}
+    if shared_prefix and size > 1 and method == "ring":
+        raise ConfigError(
+            f"context axis {size} (ring) has no documents that go on from others; use the context "
+            "method 'ulysses', or share no prompts"
+        )
     if size > 1 and method == "ring":
         name, blocks = resolve_blocks(attention, target=target, **case)
         return Attend(name, keepable(_ring(blocks, size)))
-    inner = resolve_attention(attention, target=target, **case)
+    if shared_prefix:
+        name, blocks = resolve_blocks(attention, target=target, **case)
+        inner = Attend(name, keepable(of_families(blocks)))
+    else:
+        inner = resolve_attention(attention, target=target, **case)
     if size == 1:
         return inner
     return Attend(inner.name, functools.partial(_ulysses, inner.fn, size))
 
 
-def _ulysses(attend: Callable, size: int, q, k, v, segment_ids):
+def _ulysses(attend: Callable, size: int, q, k, v, documents):
     """q [B, T/c, N, H] -> [B, T, N/c, H] and back; k and v likewise.
 
     `attend` names its residuals itself (`keepable`), so backward repeats exchanges but not it.
@@ -122,9 +134,8 @@ def _ulysses(attend: Callable, size: int, q, k, v, segment_ids):
         # c > K: the c/K devices that share a kv head get a copy each.
         copy: Any = functools.partial(_copy_heads, max(1, size // k.shape[2]))
         q, k, v = exchange(q), exchange(copy(k)), exchange(copy(v))
-        if segment_ids is not None:
-            segment_ids = jax.lax.all_gather(segment_ids, AXIS, axis=1, tiled=True)
-        out = attend(q, k, v, segment_ids)
+        whole = functools.partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
+        out = attend(q, k, v, jax.tree.map(whole, documents))
         return jax.lax.all_to_all(out, AXIS, split_axis=1, concat_axis=2, tiled=True)
 
 
@@ -248,7 +259,7 @@ def _ring(blocks: BlockAttention, size: int) -> Callable:
                 half = block.queries
                 keys, values = _half(kv, block.keys, axis=2)
                 new = blocks.forward(_half(q, half), keys, values, block.bounds, False)
-                merged, total = _merge(_half(out, half), _half(lse, half, axis=2), *new)
+                merged, total = merge(_half(out, half), _half(lse, half, axis=2), *new)
                 out = _put_half(out, half, merged)
                 lse = _put_half(lse, half, total, axis=2)
             return following, out, lse
@@ -264,14 +275,13 @@ def _ring(blocks: BlockAttention, size: int) -> Callable:
         documents = _Documents(segment_ids, size)
         kv = shift(jnp.stack([k, v]))
         dout = dout.astype(q.dtype)
-        delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-        delta = jnp.swapaxes(delta, 1, 2)  # [B, T, N] -> [B, N, T]
-        dq, *dkv = blocks.backward(q, k, v, documents.own(), True, dout, lse, delta)
+        deltas = delta(dout, out)
+        dq, *dkv = blocks.backward(q, k, v, documents.own(), True, dout, lse, deltas)
 
         def add(block, kv, dq, dkv):
             half = block.queries
             keys, values = _half(kv, block.keys, axis=2)
-            rows = (_half(dout, half), _half(lse, half, axis=2), _half(delta, half, axis=2))
+            rows = (_half(dout, half), _half(lse, half, axis=2), _half(deltas, half, axis=2))
             new = blocks.backward(_half(q, half), keys, values, block.bounds, False, *rows)
             dq = _put_half(dq, half, _half(dq, half) + new[0])
             new_dkv = _half(dkv, block.keys, axis=2) + jnp.stack(new[1:])
@@ -304,13 +314,3 @@ def _half(x, which, axis: int = 1):
 
 def _put_half(x, which, value, axis: int = 1):
     return jax.lax.dynamic_update_slice_in_dim(x, value, which * value.shape[axis], axis)
-
-
-def _merge(out, lse, new_out, new_lse):
-    """(out, lse) over both sets of keys: out [B, T, N, H] and lse [B, N, T], fp32.
-
-    Where a query sees none of the new keys, its new lse is -1e30 or less, its new out anything.
-    """
-    total = jnp.logaddexp(lse, new_lse)
-    old, new = (jnp.swapaxes(jnp.exp(a - total), 1, 2)[..., None] for a in (lse, new_lse))
-    return out * old + jnp.where(new > 0, new_out * new, 0.0), total

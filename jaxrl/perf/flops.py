@@ -125,18 +125,28 @@ def attention_flops(
 
 
 def model_flops_per_step(
-    config: Shapes, doc_lengths: int | Sequence[int], *, lora_params: int = 0
+    config: Shapes,
+    doc_lengths: int | Sequence[int],
+    *,
+    lora_params: int = 0,
+    prefixes: Sequence[int] = (),
 ) -> int:
     """FLOPs to train once on these documents (forward and backward), by `model_flops_per_token`'s
     convention. `doc_lengths`: tokens of every document of the step (one number: just one).
+    prefixes: of each, tokens of another document that its own see as well.
     """
     tokens = doc_lengths if isinstance(doc_lengths, int) else sum(doc_lengths)
     dense = (4 if lora_params else 6) * matmul_params(config) + 6 * lora_params
-    attention = config.num_layers * sum(
+    attention = sum(
         attention_flops(1, config.num_heads, config.head_dim, doc_lengths, which=which)
         for which in ("forward", "backward")
     )
-    return dense * tokens + attention
+    if prefixes:
+        assert not isinstance(doc_lengths, int)
+        seen = sum(a * b for a, b in zip(doc_lengths, prefixes, strict=True))
+        products = ATTENTION_PRODUCTS["forward"] + ATTENTION_PRODUCTS["backward"]
+        attention += products * 2 * config.num_heads * config.head_dim * seen
+    return dense * tokens + config.num_layers * attention
 
 
 def model_flops_per_token(

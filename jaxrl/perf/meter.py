@@ -32,14 +32,18 @@ class Meter:
         except ValueError:
             return None
 
-    def step(self, doc_lengths: Sequence[int], seconds: float) -> dict[str, float]:
+    def step(
+        self, doc_lengths: Sequence[int], seconds: float, prefixes: Sequence[int] = ()
+    ) -> dict[str, float]:
         """Of one step on documents of these lengths (of all devices): step_s, tokens_per_s
         (padding is no token), mfu_pct, peak_mem_gib (of the fullest device here; on a CPU the
-        process's peak resident size)."""
+        process's peak resident size). prefixes: as `flops.model_flops_per_step` has them."""
         tokens = sum(doc_lengths)
         values = {"step_s": seconds, "tokens_per_s": tokens / seconds}
         if self.peak is not None and tokens:
-            done = flops.model_flops_per_step(self.model, doc_lengths, lora_params=self.lora_params)
+            done = flops.model_flops_per_step(
+                self.model, doc_lengths, lora_params=self.lora_params, prefixes=prefixes
+            )
             values["mfu_pct"] = 100 * done / seconds / self.peak
         return values | {"peak_mem_gib": self.peak_memory() / GiB}
 

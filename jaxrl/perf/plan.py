@@ -147,7 +147,6 @@ def hardware_flops(program: Program, text: str, doc_lengths: Sequence[int] | Non
     summary = hlo.summarize(text)
     total = summary.flops
     total += sum(c.count * kernel_flops(c, program, docs) for c in summary.call_sites)
-    block = min(attention_xla.BLOCK, program.seq_len)
     for loop in summary.unknown_loops:
         if grouped_matmul_xla.REST in loop.op_name:
             continue
@@ -156,11 +155,20 @@ def hardware_flops(program: Program, text: str, doc_lengths: Sequence[int] | Non
             continue
         if "attend" not in loop.op_name:
             raise RuntimeError(f"a loop of unknown length is not counted: {loop.op_name}")
-        visits = cost.visited_blocks(docs, block, block) / -(-program.seq_len // block)
-        total += loop.runs * loop.iteration.flops * visits
+        total += loop.runs * loop.iteration.flops * _attention_rounds(program, docs)
     if summary.uncounted:
         raise RuntimeError(f"products that are not counted: {dict(summary.uncounted)}")
     return total
+
+
+def _attention_rounds(program: Program, docs: Sequence[int]) -> float:
+    """Iterations of the blocked attention's loop over the visits of a device's rows."""
+    model, shape = program.layout.model.config, program.layout.mesh.shape
+    ulysses = program.step.config.context_method == "ulysses"
+    heads = model.num_heads // (shape["context"] if ulysses else 1)
+    block = attention_xla.block_size(program.seq_len)
+    visits = program.rows_per_device * cost.visited_blocks(docs, block, block)
+    return visits / attention_xla.visits_at_once(heads, block)
 
 
 def _grouped_loop_flops(loop: hlo.LoopBody, program: Program) -> float:

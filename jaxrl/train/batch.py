@@ -15,6 +15,8 @@ class Batch:
 
     loss_mask: 1 where the token, as a target, is trained. positions: default 0..T-1.
     segment_ids: documents of a packed row (runs of equal ids); default one document per row.
+    family_ids: runs of equal ids are documents that go on from the first of them, whose tokens
+    they see, and which trains nothing; default none do.
     advantages, sampler_logprobs: of each token; RL only. ref_logprobs: for `loss.ref_kl_coef`.
     """
 
@@ -22,6 +24,7 @@ class Batch:
     loss_mask: Int[Array, "M B T"]
     positions: Int[Array, "M B T"] | None = None
     segment_ids: Int[Array, "M B T"] | None = None
+    family_ids: Int[Array, "M B T"] | None = None
     advantages: Float[Array, "M B T"] | None = None
     sampler_logprobs: Float[Array, "M B T"] | None = None
     ref_logprobs: Float[Array, "M B T"] | None = None
@@ -41,6 +44,7 @@ class Predictions:
     mask: jax.Array
     positions: jax.Array
     segment_ids: jax.Array | None
+    family_ids: jax.Array | None
     advantages: jax.Array | None
     sampler_logprobs: jax.Array | None
     ref_logprobs: jax.Array | None
@@ -68,5 +72,6 @@ def predictions(batch: Batch) -> Predictions:
         mask,
         positions,
         segment_ids,
+        batch.family_ids,
         *(None if a is None else following(a) for a in rl),
     )

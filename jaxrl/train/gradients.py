@@ -18,6 +18,7 @@ from jaxrl.models.moe import ExpertOps
 from jaxrl.models.transformer import merge_trees
 from jaxrl.ops.linear import cast_params
 from jaxrl.ops.logprob import token_logprob
+from jaxrl.ops.shared_prefix import Families
 from jaxrl.ops.tokenwise import pull_back, tokenwise, values_of_first
 from jaxrl.parallel import vocab
 from jaxrl.parallel.context import AXIS as CONTEXT
@@ -124,9 +125,16 @@ class Gradients:
         with jax.named_scope("embed"):
             flat = batch.tokens.reshape(-1)
             x = vocab.embed(table, flat, axis_size=self.size, dtype=self.dtype)
-        attend = self.attention(packed=batch.segment_ids is not None, seq_len=self.seq_len)
+        documents = batch.segment_ids
+        if documents is not None and batch.family_ids is not None:
+            documents = Families(documents, batch.family_ids)
+        attend = self.attention(
+            packed=documents is not None,
+            seq_len=self.seq_len,
+            shared_prefix=isinstance(documents, Families),
+        )
         tables = rope_tables(self.model.config, batch.positions)
-        constants = (tables, batch.segment_ids, self.chosen(B * T))
+        constants = (tables, documents, self.chosen(B * T))
         x, load, done = x.reshape(B, T, -1), None, []
         for name in ("dense_layers", "layers"):
             if getattr(self.model, name) is not None:
@@ -156,10 +164,10 @@ class Gradients:
         is_fp32 = tuple(tree.get(name, {}) for tree in self.is_fp32)
 
         def layer(trainable, constants, x):
-            frozen, ((cos, sin), segment_ids, chosen) = constants
+            frozen, ((cos, sin), documents, chosen) = constants
             block = nnx.merge(block_def, merge_trees(trainable, frozen))
             chunk = self.config.mlp_chunk
-            ctx = LayerContext(cos, sin, segment_ids, attend, chunk, self.experts, chosen)
+            ctx = LayerContext(cos, sin, documents, attend, chunk, self.experts, chosen)
             return block(x, ctx)
 
         def fetch(trainable, frozen):

@@ -1,6 +1,7 @@
 """From a description of a run to the one program that is trained with, measured and planned."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -35,13 +36,14 @@ from jaxrl.train.step import TrainStep
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A training step and the shapes it runs on. `rows`: sequences per micro-batch, all devices.
-    packed: rows hold several documents."""
+    packed: rows hold several documents; shared_prompts: of which some go on from others."""
 
     step: TrainStep
     micro_batches: int
     rows: int
     seq_len: int
     packed: bool = False
+    shared_prompts: bool = False
 
     @property
     def layout(self) -> StateLayout:
@@ -64,7 +66,9 @@ class Program:
     def abstract_batch(self) -> Batch:
         sharding = NamedSharding(self.layout.mesh, BATCH_SPEC)
         shape = (self.micro_batches, self.rows, self.seq_len)
-        shapes = batch_shapes(self.step.config.type, *shape, packed=self.packed)
+        shapes = batch_shapes(
+            self.step.config.type, *shape, packed=self.packed, shared_prompts=self.shared_prompts
+        )
         return jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
         )
@@ -148,11 +152,12 @@ def rl_program(config: RlConfig, model: ModelConfig, devices: Sequence) -> Progr
     """The step of an RL run over these devices, with as many micro-batches as its rollouts could
     need at their longest; those that are not needed are not computed.
 
-    Raises ConfigError where the devices do not divide the model.
+    Raises ConfigError where the devices do not divide the model, and where it is to share prompts
+    and cannot.
     """
     mesh, at_once = _mesh(config, devices)
     rollouts = config.tasks_per_step * config.algorithm.group_size
-    return _run_program(
+    program = _run_program(
         config,
         model,
         mesh,
@@ -160,6 +165,24 @@ def rl_program(config: RlConfig, model: ModelConfig, devices: Sequence) -> Progr
         seq_len=config.seq_len,
         micro_batches=-(-rollouts // at_once),
     )
+    return dataclasses.replace(program, shared_prompts=_shares_prompts(config, program))
+
+
+def _shares_prompts(config: RlConfig, program: Program) -> bool:
+    """Whether prompts are trained on once a group; `auto`: where that is not at the price of
+    another attention implementation."""
+    if config.share_prompts == "no":
+        return False
+    attention = functools.partial(program.step.attention, packed=True, seq_len=program.seq_len)
+    try:
+        name = attention(shared_prefix=True).name
+    except ValueError as error:
+        if config.share_prompts == "yes":
+            raise ConfigError(
+                f"config.share_prompts is 'yes', and {error}; or 'auto', or 'no'"
+            ) from None
+        return False
+    return config.share_prompts == "yes" or name == attention().name
 
 
 def _mesh(config: RunConfig, devices: Sequence) -> tuple[Mesh, int]:

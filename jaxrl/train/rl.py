@@ -177,6 +177,7 @@ def one_step(
         rows=run.program.rows,
         micro_batches=run.program.micro_batches,
         pad_id=run.tokenizer.pad_id,
+        share_prompts=run.program.shared_prompts,
     )
     batch = device_batch(run.program, rows)
     if run.reference is not None:
@@ -186,6 +187,7 @@ def one_step(
     trained = time.perf_counter()
     update(run, state, step)
     synced = time.perf_counter()
+    tokens = sum(len(rollout.tokens) for rollout in rollouts)
     values = {name: float(value) for name, value in fetched.items()}
     values["trained_tokens"] = values.pop("tokens")
     if values.get("skipped"):
@@ -200,16 +202,19 @@ def one_step(
         "rollouts_trained": float(len(rollouts)),
         "micro_batches": float(rows.used),
         "fill_pct": 100 * sum(rows.lengths) / (rows.used * run.program.rows * run.program.seq_len),
+        # Of the tokens of all rollouts, those that were computed with another one's.
+        "shared_pct": 100 * (1 - sum(rows.lengths) / tokens),
         "rollout_s": drawing,
         # What the trainer had nothing to do for while others drew.
         "wait_s": gathered - began if run.generation.overlaps else 0.0,
         "train_s": trained - gathered,
         "sync_s": synced - trained,
         "total_s": synced - began,
+        "tokens_per_s_train": tokens / (trained - gathered),
         "tokens_per_s_rollout": sum(r.length for r in each(seen)) / max(drawing, 1e-9),
     }
-    metered = run.meter.step(rows.lengths, trained - gathered)
-    values["tokens_per_s_train"] = metered.pop("tokens_per_s")
+    metered = run.meter.step(rows.lengths, trained - gathered, rows.prefixes)
+    del metered["tokens_per_s"]
     values |= {name: value for name, value in metered.items() if name != "step_s"}
     values |= {f"total/{name}": float(n) for name, n in run.counts.items()}
     if is_reporter():

@@ -1,5 +1,6 @@
 """Rollouts and their advantages into rows of one length, and the rows into micro-batches."""
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -16,16 +17,37 @@ from jaxrl.train.program import Program
 @dataclasses.dataclass(frozen=True)
 class RlRows:
     """Arrays [M, B, T] as `train.batch.Batch` has them, and how many of the M micro-batches hold
-    anything; lengths: of the documents, row by row."""
+    anything; lengths: of the documents, row by row, prefixes: tokens that each goes on from."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     positions: np.ndarray
     segment_ids: np.ndarray
+    family_ids: np.ndarray
     advantages: np.ndarray
     sampler_logprobs: np.ndarray
     used: int
     lengths: tuple[int, ...]
+    prefixes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Tokens [begin, end) of a rollout, which go on from the tokens before them of its family's
+    first document. trained: whether it is the rollout's own."""
+
+    rollout: int
+    begin: int
+    end: int
+    trained: bool = True
+
+    @property
+    def pairs(self) -> float:
+        """Queries and keys of attention."""
+        return (self.end**2 - self.begin**2) / 2
+
+
+type Family = list[Document]
 
 
 def pack_rollouts(
@@ -36,36 +58,120 @@ def pack_rollouts(
     rows: int,
     micro_batches: int,
     pad_id: int,
+    share_prompts: bool = False,
 ) -> RlRows:
-    """Whole rollouts into rows (first-fit decreasing), rows of like cost into one micro-batch of
-    `rows`: its devices wait for each other, and attention costs the sum of squared lengths.
+    """Whole rollouts into rows, rows of like cost into one micro-batch of `rows`: its devices wait
+    for each other, and attention costs the pairs of tokens that see each other.
+
+    With `share_prompts`, what rollouts of a row begin with up to the first drawn token lies in it
+    once, and they are documents that go on from it. The prompt's last token is each one's own: it
+    predicts what they differ in.
 
     Every rollout has at most `seq_len` tokens. Raises ValueError where the rows do not fit into
     `micro_batches`.
     """
-    lengths = [len(rollout.tokens) for rollout in rollouts]
-    bins = first_fit_decreasing(lengths, seq_len)
+    make = shared_rows if share_prompts else separate_rows
+    bins = make(rollouts, seq_len)
     if len(bins) > rows * micro_batches:
         raise ValueError(f"{len(bins)} rows, and {micro_batches} micro-batches hold {rows} each")
-    bins.sort(key=lambda chosen: -sum(lengths[i] ** 2 for i in chosen))
+    bins.sort(key=lambda families: -sum(d.pairs for family in families for d in family))
     shape = (micro_batches, rows, seq_len)
-    ints = {name: np.zeros(shape, np.int32) for name in ("loss_mask", "positions", "segment_ids")}
+    names = ("loss_mask", "positions", "segment_ids", "family_ids")
+    ints = {name: np.zeros(shape, np.int32) for name in names}
     floats = {name: np.zeros(shape, np.float32) for name in ("advantages", "sampler_logprobs")}
     tokens = np.full(shape, pad_id, np.int32)
-    for number, chosen in enumerate(bins):
-        m, row, begin = number // rows, number % rows, 0
-        for segment, i in enumerate(chosen, 1):
-            rollout = rollouts[i]
-            here = (m, row, slice(begin, begin := begin + lengths[i]))
-            tokens[here] = rollout.tokens
-            ints["loss_mask"][here] = rollout.drawn
-            ints["positions"][here] = np.arange(lengths[i])
+    lengths, prefixes = [], []
+    for number, families in enumerate(bins):
+        m, row, at = number // rows, number % rows, 0
+        documents = [(f, d) for f, family in enumerate(families, 1) for d in family]
+        for segment, (family, document) in enumerate(documents, 1):
+            rollout, part = rollouts[document.rollout], slice(document.begin, document.end)
+            length = document.end - document.begin
+            here = (m, row, slice(at, at := at + length))
+            tokens[here] = rollout.tokens[part]
+            ints["positions"][here] = np.arange(document.begin, document.end)
             ints["segment_ids"][here] = segment
-            floats["advantages"][here] = advantages[i]
-            floats["sampler_logprobs"][here] = rollout.logprobs
-    in_rows = tuple(lengths[i] for chosen in bins for i in chosen)
-    used = -(-len(bins) // rows)
-    return RlRows(tokens=tokens, **ints, **floats, used=used, lengths=in_rows)
+            ints["family_ids"][here] = family
+            lengths.append(length)
+            prefixes.append(document.begin)
+            if document.trained:
+                ints["loss_mask"][here] = rollout.drawn[part]
+                floats["advantages"][here] = advantages[document.rollout]
+                floats["sampler_logprobs"][here] = rollout.logprobs[part]
+    return RlRows(
+        tokens=tokens,
+        **ints,
+        **floats,
+        used=-(-len(bins) // rows),
+        lengths=tuple(lengths),
+        prefixes=tuple(prefixes),
+    )
+
+
+def separate_rows(rollouts: Sequence[Rollout], seq_len: int) -> list[list[Family]]:
+    """Every rollout a document of its own; first-fit decreasing."""
+    lengths = [len(rollout.tokens) for rollout in rollouts]
+    bins = first_fit_decreasing(lengths, seq_len)
+    return [[[Document(i, 0, lengths[i])] for i in chosen] for chosen in bins]
+
+
+def shared_rows(rollouts: Sequence[Rollout], seq_len: int) -> list[list[Family]]:
+    """Rollouts that begin alike as families, the largest first: whole into the first row with room,
+    or, where none has, one by one to where their prompt is, or there is room for it as well."""
+    prompts: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
+    for i, rollout in enumerate(rollouts):
+        prompts[tuple(rollout.tokens[: shared_length(rollout)])].append(i)
+    room: list[int] = []
+    rows: list[dict[tuple[int, ...], list[int]]] = []  # of each row, a prompt's rollouts
+
+    def put(row: int, prompt: tuple[int, ...], chosen: Sequence[int], cost: int) -> None:
+        if row == len(rows):
+            rows.append({})
+            room.append(seq_len)
+        room[row] -= cost
+        rows[row].setdefault(prompt, []).extend(chosen)
+
+    def first(cost: int, among: Sequence[int]) -> int:
+        """The first row with so much room; a new one, if there is none."""
+        return next((row for row in among if room[row] >= cost), len(rows))
+
+    def rest(i: int, prompt: tuple[int, ...]) -> int:
+        return len(rollouts[i].tokens) - len(prompt)
+
+    sizes = {p: len(p) + sum(rest(i, p) for i in chosen) for p, chosen in prompts.items()}
+    for prompt, chosen in sorted(prompts.items(), key=lambda item: -sizes[item[0]]):
+        row = first(sizes[prompt], range(len(rows)))
+        if row < len(rows):
+            put(row, prompt, chosen, sizes[prompt])
+            continue
+        for i in sorted(chosen, key=lambda i: -len(rollouts[i].tokens)):
+            cost = rest(i, prompt)
+            row = first(cost, [row for row, held in enumerate(rows) if prompt in held])
+            if row == len(rows):
+                cost = len(rollouts[i].tokens)
+                row = first(cost, range(len(rows)))
+            put(row, prompt, [i], cost)
+    return [
+        [family for prompt, chosen in held.items() for family in families(rollouts, prompt, chosen)]
+        for held in rows
+    ]
+
+
+def families(
+    rollouts: Sequence[Rollout], prompt: tuple[int, ...], chosen: Sequence[int]
+) -> list[Family]:
+    """Of these rollouts of a row, which begin with `prompt`."""
+    ends = [(i, len(rollouts[i].tokens)) for i in chosen]
+    if len(chosen) == 1 or not prompt:
+        return [[Document(i, 0, end)] for i, end in ends]
+    shared = Document(chosen[0], 0, len(prompt), trained=False)
+    return [[shared, *(Document(i, len(prompt), end) for i, end in ends)]]
+
+
+def shared_length(rollout: Rollout) -> int:
+    """Tokens before the one that predicts the first drawn token: what other rollouts may share."""
+    drawn = rollout.drawn.index(True) if True in rollout.drawn else 0
+    return max(drawn - 1, 0)
 
 
 def device_batch(program: Program, rows: RlRows) -> Batch:
@@ -80,6 +186,7 @@ def device_batch(program: Program, rows: RlRows) -> Batch:
             loss_mask=part(rows.loss_mask),
             positions=part(rows.positions),
             segment_ids=part(rows.segment_ids),
+            family_ids=part(rows.family_ids) if program.shared_prompts else None,
             advantages=part(rows.advantages),
             sampler_logprobs=part(rows.sampler_logprobs),
         )

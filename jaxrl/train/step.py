@@ -137,8 +137,11 @@ class TrainStep:
             return gpu_options(layer)
         return CPU_OPTIONS if self.layout.mesh.size > 1 else None
 
-    def attention(self, *, packed: bool, seq_len: int) -> Attend:
-        """The attention implementation this step resolves to, for rows of `seq_len` tokens."""
+    def attention(self, *, packed: bool, seq_len: int, shared_prefix: bool = False) -> Attend:
+        """The attention implementation this step resolves to, for rows of `seq_len` tokens.
+
+        Raises ValueError as `context_attention` does.
+        """
         model = self.layout.model.config
         return context_attention(
             self.config.context_method,
@@ -151,6 +154,7 @@ class TrainStep:
             num_kv_heads=model.num_kv_heads,
             packed=packed,
             seq_len=seq_len,
+            shared_prefix=shared_prefix,
         )
 
     def grouped_matmul(self) -> GroupedOps:

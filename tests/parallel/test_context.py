@@ -108,7 +108,7 @@ def check(got, inputs, ids, tolerance=3e-6):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """XLA's blocks smaller than a chunk, that do not divide it."""
-    monkeypatch.setattr(attention_xla, "BLOCK", 3)
+    monkeypatch.setattr(attention_xla, "block_size", lambda seq_len: 3)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from tiny import TINY_GLM, TINY_MOE
+from tiny import TINY, TINY_GLM, TINY_MOE, tiny_program
 
 from jaxrl.models.lora import LoraConfig, add_lora
 from jaxrl.models.params import specs
 from jaxrl.models.presets import preset
 from jaxrl.models.transformer import Transformer
+from jaxrl.perf import plan
 from jaxrl.perf.flops import (
     active_lora_params,
     attention_flops,
@@ -220,3 +221,21 @@ def test_extrapolation_is_exact():
 def test_a_loop_over_layers_is_refused():
     with pytest.raises(ValueError, match="unroll the loop over layers"):
         cost_analysis_flops(lambda n: lower_decoder(n, scan=True), 4)
+
+
+def test_the_blocked_attention_counts_the_blocks_it_visits():
+    """On a CPU: of each block two products forward, and five backward."""
+    program = tiny_program(type="sft", seq_len=512, rows=2, ac="none")
+    text = program.lower().compile().as_text() or ""
+    # Blocks of 64: 36 of them; of the first document's four rows 10, of the second's 2 to 5 each.
+    whole, documents = (plan.hardware_flops(program, text, docs) for docs in (None, (228, 284)))
+    product = 2 * 64 * 64 * TINY.num_heads * TINY.head_dim
+    left = TINY.num_layers * program.micro_batches * program.rows * 7 * product
+    assert whole - documents == pytest.approx((36 - 24) * left)
+
+
+def test_documents_that_go_on_from_another_see_it():
+    """A prompt of 5 tokens, once, and what 3 and 4 tokens behind it cost of whole documents."""
+    shared = model_flops_per_step(Tiny(), [5, 3, 4], prefixes=[0, 5, 5])
+    whole = [model_flops_per_step(Tiny(), n) for n in (5, 8, 9)]
+    assert shared == whole[1] + whole[2] - whole[0]

@@ -59,6 +59,85 @@ def test_every_rollout_once_whole_and_apart(lengths, rows):
     assert not packed.advantages[padding].any() and not packed.sampler_logprobs[padding].any()
 
 
+def group(prompt: list[int], turns: list[int], number: int) -> list[Rollout]:
+    """Rollouts of one task: a turn of so many tokens each."""
+    made = []
+    for turn in turns:
+        made.append(Rollout(Task(f"{number}", ())))
+        made[-1].say(prompt)
+        made[-1].draw([1000 + number + len(made)] * turn, [-0.5 - len(made)] * turn, [3] * turn)
+        made[-1].say([number])
+    return made
+
+
+GROUPS = st.lists(
+    st.tuples(st.integers(1, 20), st.lists(st.integers(1, 40), min_size=1, max_size=6)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(GROUPS, st.integers(1, 3))
+def test_a_prompt_lies_in_a_row_once(shapes, rows):
+    groups = [
+        group(list(range(10 * i, 10 * i + n)), turns, i) for i, (n, turns) in enumerate(shapes)
+    ]
+    rollouts = [rollout for one in groups for rollout in one]
+    advantages = [0.25 * (i + 1) for i in range(len(rollouts))]
+    options = {"seq_len": 64, "rows": rows, "micro_batches": 40, "pad_id": PAD}
+    packed = pack_rollouts(rollouts, advantages, **options, share_prompts=True)
+    seen, lengths, prefixes = [], [], []
+    for at in np.ndindex(40, rows):
+        row = {k: v[at] for k, v in vars(packed).items() if isinstance(v, np.ndarray)}
+        segments, families = row["segment_ids"], row["family_ids"]
+        starts = []
+        for segment in range(1, segments.max() + 1):
+            here = np.flatnonzero(segments == segment)
+            family = np.flatnonzero(families == families[here[0]])
+            assert (np.diff(here) == 1).all() and (np.diff(family) == 1).all()
+            assert (families[here] == families[here[0]]).all()
+            before = np.flatnonzero(segments == segments[family[0]])
+            lengths.append(len(here))
+            if here[0] == family[0]:  # goes on from nothing
+                before, several = before[:0], len(family) > len(here)
+                starts.append(tuple(row["tokens"][here]) if several else None)
+            prefixes.append(len(before))
+            whole = np.concatenate([before, here])
+            np.testing.assert_array_equal(row["positions"][whole], np.arange(len(whole)))
+            if not row["loss_mask"][here].any():
+                assert here[0] == family[0] and not row["advantages"][here].any()
+                continue
+            number = round(row["advantages"][here[0]] / 0.25) - 1
+            one = rollouts[number]
+            np.testing.assert_array_equal(row["tokens"][whole], one.tokens)
+            np.testing.assert_array_equal(row["loss_mask"][whole], one.drawn)
+            np.testing.assert_allclose(row["sampler_logprobs"][whole], one.logprobs)
+            assert (row["advantages"][here] == advantages[number]).all()
+            # Its first token predicts the first drawn one, and is not drawn itself.
+            assert not row["loss_mask"][here[0]]
+            seen.append(number)
+        shared = [start for start in starts if start]
+        assert len(set(shared)) == len(shared)  # each prompt once
+    assert sorted(seen) == list(range(len(rollouts)))
+    assert tuple(lengths) == packed.lengths and tuple(prefixes) == packed.prefixes
+    assert sum(lengths) <= sum(len(rollout.tokens) for rollout in rollouts)
+
+
+@pytest.mark.parametrize(
+    ("turns", "lengths"),
+    [  # a document is the prompt's last token, the turn and a reply
+        ([12] * 5, [19, 14, 14, 14, 19, 14, 14]),
+        ([30, 30, 12, 12, 12], [51, 51, 19, 14, 14, 14]),  # alone: 20 + 30 + 1
+    ],
+)
+def test_a_group_that_does_not_fit_repeats_its_prompt(turns, lengths):
+    rollouts = group(list(range(20)), turns, 50)
+    options = {"rows": 4, "micro_batches": 2, "pad_id": PAD}
+    packed = pack_rollouts(rollouts, [1.0] * 5, seq_len=64, **options, share_prompts=True)
+    assert list(packed.lengths) == lengths
+
+
 def test_rows_that_do_not_fit_are_refused():
     rollouts = [rollout(40, i) for i in range(5)]
     with pytest.raises(ValueError, match="5 rows, and 2 micro-batches hold 2 each"):
