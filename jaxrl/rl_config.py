@@ -162,7 +162,8 @@ class RlConfig(RunConfig):
     seq_len: int = option(2048, "Tokens of a rollout at most, and of a row; a multiple of 128.")
     share_prompts: Literal["auto", "yes", "no"] = option(
         "auto",
-        "Train on the prompt that several rollouts begin with once; `auto`: where attention can.",
+        "Train on the prompt that rollouts begin with once, where that saves micro-batches; "
+        "`auto`: if attention can and experts are not balanced by their load.",
     )
     tasks_per_step: int = option(16, "Groups that a step trains on.")
     max_steps: int = option(100, "Optimizer steps.")

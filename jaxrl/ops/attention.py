@@ -18,7 +18,8 @@ from jaxrl.ops.registry import Implementation, Op, Target
 
 @dataclasses.dataclass(frozen=True)
 class Attend:
-    """A resolved implementation: its name, and `fn(q, k, v, segment_ids) -> out`."""
+    """A resolved implementation: its name, and `fn(q, k, v, documents) -> out`; documents are
+    segment ids, None, or, where it is one for them, `shared_prefix.Families`."""
 
     name: str
     fn: Callable

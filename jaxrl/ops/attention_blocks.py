@@ -1,4 +1,5 @@
-"""Attention of a chunk of queries and a chunk of keys of equal length: what a ring is made of.
+"""Attention of a chunk of queries and a chunk of keys of equal length: what a ring is made of, and
+attention over shared prompts.
 
 A query may see keys of several chunks. So forward also returns the log-sum-exp, by which results of
 several chunks are merged, and backward is given the log-sum-exp and delta over *all* keys that the
@@ -55,22 +56,6 @@ def resolve_blocks(
     case = {"dtype": dtype, "head_dim": head_dim, "packed": packed, "seq_len": seq_len}
     name, _ = ATTENTION.resolve(name, target, blocks=True, **case)
     return name, {"triton": _triton, "xla": _xla, "reference": _reference}[name](target)
-
-
-def merge(out, lse, new_out, new_lse):
-    """(out, lse) over both sets of keys: out [B, T, N, H] and lse [B, N, T], fp32.
-
-    Where a query sees none of the new keys, its new lse is -1e30 or less, its new out anything.
-    """
-    total = jnp.logaddexp(lse, new_lse)
-    old, new = (jnp.swapaxes(jnp.exp(a - total), 1, 2)[..., None] for a in (lse, new_lse))
-    return out * old + jnp.where(new > 0, new_out * new, 0.0), total
-
-
-def delta(dout, out):
-    """sum(dout * out) of each query and head, fp32 [B, N, T]; both [B, T, N, H]."""
-    products = dout.astype(jnp.float32) * out.astype(jnp.float32)
-    return jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2)
 
 
 def _triton(target: Target) -> BlockAttention:

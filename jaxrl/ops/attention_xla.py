@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jaxrl_kernels.documents import document_bounds
 from jaxtyping import Array, Float, Int
 
+from jaxrl.ops.partial_attention import delta
+
 _NEVER = -1e30  # finite: a fully masked row must not turn into NaN
 
 
@@ -96,10 +98,10 @@ def _attention_forward(q, k, v, bounds, block, scale):
 def _attention_backward(block, scale, residuals, cotangents):
     q, k, v, bounds, out, lse = residuals
     dout, dlse = cotangents
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     # d lse / d score is the probability, as in the softmax's own gradient: it joins delta.
-    delta = jnp.swapaxes(delta, 1, 2) - dlse  # [B, T, N] -> [B, N, T]
-    return *backward(q, k, v, bounds, dout, lse, delta, block, scale, q.dtype), None
+    return *backward(
+        q, k, v, bounds, dout, lse, delta(dout, out) - dlse, block, scale, q.dtype
+    ), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -220,16 +222,16 @@ def forward(q, k, v, bounds, block, scale, dtype) -> tuple[Array, Array]:
     found = jax.lax.fori_loop(0, visits.rounds, visit, start)
     top, total, out = (a[: qs.shape[0]] for a in found)
     out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
-    lse = jnp.where(total > 0, top + jnp.log(total), _NEVER)
+    lse = jnp.where(total == 0, _NEVER, top + jnp.log(total))
     return _unblock(out, B, groups).astype(dtype), _unrow(lse, B, groups)
 
 
-def backward(q, k, v, bounds, dout, lse, delta, block, scale, dtype) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv) in `dtype`, given lse and delta = sum(dout * out), fp32 [B, N, T]."""
+def backward(q, k, v, bounds, dout, lse, deltas, block, scale, dtype) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv) in `dtype`, given lse and deltas = sum(dout * out), fp32 [B, N, T]."""
     B, groups = q.shape[0], q.shape[2] // k.shape[2]
     qs, ks, vs = _blocks(q, block, groups), _blocks(k, block), _blocks(v, block)
     dos = _blocks(dout, block, groups)
-    lse, delta = _rows(lse, block, groups), _rows(delta, block, groups)
+    lse, deltas = _rows(lse, block, groups), _rows(deltas, block, groups)
     visits = _visits(bounds, block, q.shape[2])
     # Scores are keys by queries here: so no product contracts the first dimension of both sides,
     # which XLA's CPU matmul does at half speed. dq is carried transposed, [blocks, K, H, G*block].
@@ -244,16 +246,16 @@ def backward(q, k, v, bounds, dout, lse, delta, block, scale, dtype) -> tuple[Ar
         s = f32("CKSH,CKRH->CKSR", ks[keys], qi) * scale
         p = jnp.where(visible, jnp.exp(s - lse[queries][..., None, :]), 0.0)
         dp = f32("CKSH,CKRH->CKSR", vs[keys], doi)
-        ds = (p * (dp - delta[queries][..., None, :]) * scale).astype(q.dtype)
+        ds = (p * (dp - deltas[queries][..., None, :]) * scale).astype(q.dtype)
         p = p.astype(q.dtype)
         dqt = dqt.at[queries].add(f32("CKHS,CKSR->CKHR", kts[keys], ds))
         dk = dk.at[keys].add(f32("CKSR,CKRH->CKSH", ds, qi))
         dv = dv.at[keys].add(f32("CKSR,CKRH->CKSH", p, doi))
         return dqt, dk, dv
 
-    n, K, R, H = qs.shape
+    count, K, R, H = qs.shape
     zeros = jnp.zeros(ks.shape, jnp.float32)
-    start = (jnp.zeros((n + visits.size, K, H, R), jnp.float32), zeros, zeros)
+    start = (jnp.zeros((count, K, H, R), jnp.float32), zeros, zeros)
     dqt, dk, dv = jax.lax.fori_loop(0, visits.rounds, visit, start)
-    dq = _unblock(jnp.swapaxes(dqt[:n], -1, -2), B, groups)
+    dq = _unblock(jnp.swapaxes(dqt, -1, -2), B, groups)
     return dq.astype(dtype), *(_unblock(g, B, 1).astype(dtype) for g in (dk, dv))

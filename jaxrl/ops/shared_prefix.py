@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxrl_kernels.documents import document_bounds
 from jaxtyping import Array, Int
 
-from jaxrl.ops.attention_blocks import BlockAttention, Bounds, delta, merge
+from jaxrl.ops.attention_blocks import BlockAttention, Bounds
+from jaxrl.ops.partial_attention import delta, merge
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +48,7 @@ class Families:
         )
 
 
-def shared_prefix(blocks: BlockAttention) -> Callable:
+def family_attention(blocks: BlockAttention) -> Callable:
     """attend(q, k, v, families) -> out: causal attention within documents and over prefixes.
 
     q [B, T, N, H], k and v [B, T, K, H]; out like q. Differentiable in q, k and v.

@@ -23,9 +23,10 @@ from jaxrl_kernels.documents import document_bounds
 from jaxtyping import Array, Int
 
 from jaxrl.ops.attention import Attend, keepable, resolve_attention
-from jaxrl.ops.attention_blocks import BlockAttention, Bounds, delta, merge, resolve_blocks
+from jaxrl.ops.attention_blocks import BlockAttention, Bounds, resolve_blocks
+from jaxrl.ops.partial_attention import delta, merge
 from jaxrl.ops.registry import Target
-from jaxrl.ops.shared_prefix import shared_prefix as of_families
+from jaxrl.ops.shared_prefix import family_attention
 from jaxrl.options import ConfigError
 
 METHODS = ("ring", "ulysses")
@@ -114,7 +115,7 @@ def context_attention(
         return Attend(name, keepable(_ring(blocks, size)))
     if shared_prefix:
         name, blocks = resolve_blocks(attention, target=target, **case)
-        inner = Attend(name, keepable(of_families(blocks)))
+        inner = Attend(name, keepable(family_attention(blocks)))
     else:
         inner = resolve_attention(attention, target=target, **case)
     if size == 1:

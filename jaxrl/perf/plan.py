@@ -1,6 +1,7 @@
 """Plan a row: compile its program for GPUs that are not here, and read what it would need."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -162,13 +163,17 @@ def hardware_flops(program: Program, text: str, doc_lengths: Sequence[int] | Non
 
 
 def _attention_rounds(program: Program, docs: Sequence[int]) -> float:
-    """Iterations of the blocked attention's loop over the visits of a device's rows."""
-    model, shape = program.layout.model.config, program.layout.mesh.shape
-    ulysses = program.step.config.context_method == "ulysses"
-    heads = model.num_heads // (shape["context"] if ulysses else 1)
-    block = attention_xla.block_size(program.seq_len)
-    visits = program.rows_per_device * cost.visited_blocks(docs, block, block)
-    return visits / attention_xla.visits_at_once(heads, block)
+    """Iterations of a loop of the blocked attention, over the visits of a device's rows; those of a
+    ring share the visits out, on average."""
+    heads, devices = program.layout.model.config.num_heads, program.layout.mesh.shape["context"]
+    parts, loops = 1, 1
+    if program.step.config.context_method == "ulysses":
+        heads //= devices
+    else:
+        parts, loops = devices, 2 * devices - 1  # its own keys, and two blocks of each other's
+    block = attention_xla.block_size(program.seq_len // parts)
+    visits = program.rows_per_device * cost.visited_blocks(docs, block, block) / parts / loops
+    return math.ceil(visits / attention_xla.visits_at_once(heads, block))
 
 
 def _grouped_loop_flops(loop: hlo.LoopBody, program: Program) -> float:

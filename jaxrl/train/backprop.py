@@ -23,7 +23,7 @@ class LayerStack:
 
     fetch(trainable_i, frozen_i) -> (trainable, frozen) makes one layer's slices whole (cast and
     gathered over devices) before use; reduce(gradient) -> the shard's sum over devices.
-    `constants` are inputs shared by all layers (rotary tables, segment ids), never differentiated.
+    `constants` are inputs shared by all layers (rotary tables, documents), never differentiated.
     """
 
     def __init__(self, layer: Layer, *, ac: str, fetch: Callable, reduce: Callable):

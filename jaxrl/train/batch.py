@@ -15,8 +15,8 @@ class Batch:
 
     loss_mask: 1 where the token, as a target, is trained. positions: default 0..T-1.
     segment_ids: documents of a packed row (runs of equal ids); default one document per row.
-    family_ids: runs of equal ids are documents that go on from the first of them, whose tokens
-    they see, and which trains nothing; default none do.
+    family_ids: runs of equal ids are documents that go on from the first of them and see it, and
+    which, if there are any, trains nothing itself; default none do.
     advantages, sampler_logprobs: of each token; RL only. ref_logprobs: for `loss.ref_kl_coef`.
     """
 

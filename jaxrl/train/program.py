@@ -36,7 +36,8 @@ from jaxrl.train.step import TrainStep
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A training step and the shapes it runs on. `rows`: sequences per micro-batch, all devices.
-    packed: rows hold several documents; shared_prompts: of which some go on from others."""
+    packed: rows hold several documents; shared_prompts: of which
+    some may go on from others."""
 
     step: TrainStep
     micro_batches: int
@@ -169,9 +170,11 @@ def rl_program(config: RlConfig, model: ModelConfig, devices: Sequence) -> Progr
 
 
 def _shares_prompts(config: RlConfig, program: Program) -> bool:
-    """Whether prompts are trained on once a group; `auto`: where that is not at the price of
-    another attention implementation."""
+    """Whether prompts may be trained on once a group; `auto`: not at the price of another attention
+    implementation, and not where each time counts for the experts' load."""
     if config.share_prompts == "no":
+        return False
+    if config.share_prompts == "auto" and config.train.router_bias_rate:
         return False
     attention = functools.partial(program.step.attention, packed=True, seq_len=program.seq_len)
     try:

@@ -18,6 +18,7 @@ FREE = (
     "epochs",
     "rows_per_device",
     "mesh",
+    "share_prompts",
     "train.ac",
     "train.attention",
     "train.grouped_matmul",

@@ -187,7 +187,7 @@ def one_step(
     trained = time.perf_counter()
     update(run, state, step)
     synced = time.perf_counter()
-    tokens = sum(len(rollout.tokens) for rollout in rollouts)
+    tokens = sum(len(rollout.tokens) for rollout in rollouts)  # shared ones with each of them
     values = {name: float(value) for name, value in fetched.items()}
     values["trained_tokens"] = values.pop("tokens")
     if values.get("skipped"):

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,11 @@ class RlRows:
     used: int
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...]
+
+    @property
+    def shared(self) -> bool:
+        """Whether any document goes on from another."""
+        return any(self.prefixes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,27 +68,29 @@ def pack_rollouts(
     """Whole rollouts into rows, rows of like cost into one micro-batch of `rows`: its devices wait
     for each other, and attention costs the pairs of tokens that see each other.
 
-    With `share_prompts`, what rollouts of a row begin with up to the first drawn token lies in it
-    once, and they are documents that go on from it. The prompt's last token is each one's own: it
-    predicts what they differ in.
+    With `share_prompts`, and where that takes fewer micro-batches, what rollouts of a row begin
+    with up to the first drawn token lies in it once, and they are documents that go on from it.
+    The prompt's last token is each one's own: it predicts what they differ in.
 
     Every rollout has at most `seq_len` tokens. Raises ValueError where the rows do not fit into
     `micro_batches`.
     """
-    make = shared_rows if share_prompts else separate_rows
-    bins = make(rollouts, seq_len)
+    bins = separate_rows(rollouts, seq_len)
+    if share_prompts:
+        shared = shared_rows(rollouts, seq_len)
+        bins = min(bins, shared, key=lambda bins: -(-len(bins) // rows))
     if len(bins) > rows * micro_batches:
         raise ValueError(f"{len(bins)} rows, and {micro_batches} micro-batches hold {rows} each")
-    bins.sort(key=lambda families: -sum(d.pairs for family in families for d in family))
+    bins.sort(key=lambda row: -sum(document.pairs for family in row for document in family))
     shape = (micro_batches, rows, seq_len)
     names = ("loss_mask", "positions", "segment_ids", "family_ids")
     ints = {name: np.zeros(shape, np.int32) for name in names}
     floats = {name: np.zeros(shape, np.float32) for name in ("advantages", "sampler_logprobs")}
     tokens = np.full(shape, pad_id, np.int32)
     lengths, prefixes = [], []
-    for number, families in enumerate(bins):
+    for number, chosen in enumerate(bins):
         m, row, at = number // rows, number % rows, 0
-        documents = [(f, d) for f, family in enumerate(families, 1) for d in family]
+        documents = [(f, d) for f, family in enumerate(chosen, 1) for d in family]
         for segment, (family, document) in enumerate(documents, 1):
             rollout, part = rollouts[document.rollout], slice(document.begin, document.end)
             length = document.end - document.begin
@@ -118,54 +125,53 @@ def separate_rows(rollouts: Sequence[Rollout], seq_len: int) -> list[list[Family
 def shared_rows(rollouts: Sequence[Rollout], seq_len: int) -> list[list[Family]]:
     """Rollouts that begin alike as families, the largest first: whole into the first row with room,
     or, where none has, one by one to where their prompt is, or there is room for it as well."""
-    prompts: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
+    groups: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
     for i, rollout in enumerate(rollouts):
-        prompts[tuple(rollout.tokens[: shared_length(rollout)])].append(i)
+        groups[tuple(rollout.tokens[: shared_length(rollout)])].append(i)
     room: list[int] = []
-    rows: list[dict[tuple[int, ...], list[int]]] = []  # of each row, a prompt's rollouts
+    rows: list[list[Family]] = []
 
-    def put(row: int, prompt: tuple[int, ...], chosen: Sequence[int], cost: int) -> None:
-        if row == len(rows):
-            rows.append({})
-            room.append(seq_len)
-        room[row] -= cost
-        rows[row].setdefault(prompt, []).extend(chosen)
-
-    def first(cost: int, among: Sequence[int]) -> int:
+    def first(cost: int, among: Iterable[int]) -> int:
         """The first row with so much room; a new one, if there is none."""
         return next((row for row in among if room[row] >= cost), len(rows))
 
-    def rest(i: int, prompt: tuple[int, ...]) -> int:
-        return len(rollouts[i].tokens) - len(prompt)
+    def place(prompt: int, chosen: Sequence[int]) -> None:
+        """These rollouts of a group, with a prompt of so many tokens."""
+        rest = {i: len(rollouts[i].tokens) - prompt for i in chosen}
+        cost = prompt + sum(rest.values())
+        held: dict[int, list[int]] = {}  # of each row, those of the group
+        if (row := first(cost, range(len(rows)))) < len(rows):
+            held[row] = list(chosen)
+            room[row] -= cost
+        else:
+            for i in sorted(chosen, key=lambda i: -rest[i]):
+                cost = rest[i]
+                if (row := first(cost, held)) == len(rows):
+                    cost = prompt + rest[i]
+                    row = first(cost, range(len(rows)))
+                if row == len(rows):
+                    rows.append([])
+                    room.append(seq_len)
+                held.setdefault(row, []).append(i)
+                room[row] -= cost
+        for row, members in held.items():
+            rows[row] += families(rollouts, prompt, members)
 
-    sizes = {p: len(p) + sum(rest(i, p) for i in chosen) for p, chosen in prompts.items()}
-    for prompt, chosen in sorted(prompts.items(), key=lambda item: -sizes[item[0]]):
-        row = first(sizes[prompt], range(len(rows)))
-        if row < len(rows):
-            put(row, prompt, chosen, sizes[prompt])
-            continue
-        for i in sorted(chosen, key=lambda i: -len(rollouts[i].tokens)):
-            cost = rest(i, prompt)
-            row = first(cost, [row for row, held in enumerate(rows) if prompt in held])
-            if row == len(rows):
-                cost = len(rollouts[i].tokens)
-                row = first(cost, range(len(rows)))
-            put(row, prompt, [i], cost)
-    return [
-        [family for prompt, chosen in held.items() for family in families(rollouts, prompt, chosen)]
-        for held in rows
-    ]
+    sizes = {
+        p: len(p) + sum(len(rollouts[i].tokens) - len(p) for i in g) for p, g in groups.items()
+    }
+    for prompt, chosen in sorted(groups.items(), key=lambda item: -sizes[item[0]]):
+        place(len(prompt), chosen)
+    return rows
 
 
-def families(
-    rollouts: Sequence[Rollout], prompt: tuple[int, ...], chosen: Sequence[int]
-) -> list[Family]:
-    """Of these rollouts of a row, which begin with `prompt`."""
+def families(rollouts: Sequence[Rollout], prompt: int, chosen: Sequence[int]) -> list[Family]:
+    """Of these rollouts of a row, which begin with the same `prompt` tokens."""
     ends = [(i, len(rollouts[i].tokens)) for i in chosen]
     if len(chosen) == 1 or not prompt:
         return [[Document(i, 0, end)] for i, end in ends]
-    shared = Document(chosen[0], 0, len(prompt), trained=False)
-    return [[shared, *(Document(i, len(prompt), end) for i, end in ends)]]
+    shared = Document(chosen[0], 0, prompt, trained=False)
+    return [[shared, *(Document(i, prompt, end) for i, end in ends)]]
 
 
 def shared_length(rollout: Rollout) -> int:
@@ -175,7 +181,9 @@ def shared_length(rollout: Rollout) -> int:
 
 
 def device_batch(program: Program, rows: RlRows) -> Batch:
-    """The rows on the devices; each process moves its own."""
+    """The rows on the devices; each process moves its own. Rows that share no prompts are a batch
+    of the program without them."""
+    program = dataclasses.replace(program, shared_prompts=rows.shared)
 
     def make(here: slice) -> Batch:
         def part(a: np.ndarray) -> Any:
@@ -186,7 +194,7 @@ def device_batch(program: Program, rows: RlRows) -> Batch:
             loss_mask=part(rows.loss_mask),
             positions=part(rows.positions),
             segment_ids=part(rows.segment_ids),
-            family_ids=part(rows.family_ids) if program.shared_prompts else None,
+            family_ids=part(rows.family_ids) if rows.shared else None,
             advantages=part(rows.advantages),
             sampler_logprobs=part(rows.sampler_logprobs),
         )

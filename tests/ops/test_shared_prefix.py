@@ -1,15 +1,22 @@
-"""Documents that go on from another, against the mask of what they see."""
+"""Documents that go on from another, against the mask of what they see; and, this file as a script,
+the program compiled for a GPU."""
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxrl_kernels.launch import interpreted
+from scripts import output_of
 
 from jaxrl.ops import attention_xla
 from jaxrl.ops.attention_blocks import resolve_blocks
 from jaxrl.ops.registry import Target
-from jaxrl.ops.shared_prefix import Families, shared_prefix
+from jaxrl.ops.shared_prefix import Families, family_attention
+from jaxrl.parallel.context import context_attention
+from jaxrl.parallel.mesh import make_mesh
 
 ANY_GPU = Target("gpu", "a GPU that no tile was tuned for", 90)
 
@@ -74,7 +81,7 @@ def test_equals_the_mask(name, implementation, monkeypatch):
     arrays = [jnp.asarray(rng.standard_normal((2, 50, n, 16)), jnp.float32) for n in heads]
     target = ANY_GPU if implementation == "triton" else Target("cpu")
     case = {"dtype": jnp.float32, "head_dim": 16, "packed": True, "seq_len": 50}
-    attend = shared_prefix(resolve_blocks(implementation, target=target, **case)[1])
+    attend = family_attention(resolve_blocks(implementation, target=target, **case)[1])
     documents = families(*ROWS[name])
 
     @jax.jit
@@ -88,3 +95,64 @@ def test_equals_the_mask(name, implementation, monkeypatch):
     out, vjp = jax.vjp(masked(ROWS[name]), *qkv)
     for what, a, b in zip(("out", "dq", "dk", "dv"), got, (out, *vjp(dout)), strict=True):
         assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b), what
+
+
+@pytest.mark.slow
+def test_two_passes_of_the_kernel_on_a_gpu():
+    """At 32768 tokens: kernels alone, and memory of a few arrays."""
+    seen = output_of(__file__, "H100")
+    # Forward; queries' gradients; keys' and values'. Each over the own document and the prefix.
+    assert seen["custom_calls"] == {"triton_kernel_call_ffi": 2 * 3}
+    assert seen["spill_bytes"] == 0
+    q_bytes = 4 * 32768 * 32 * 128  # in fp32
+    assert seen["temp"] < 6 * q_bytes  # the scores of one head: 8 times as much
+
+
+def main(gpu):
+    from jaxrl_kernels import launch, resources
+
+    from jaxrl.perf import compile_only, hlo
+
+    devices = compile_only.topology(gpu, 1)
+    mesh = make_mesh(devices)
+    attend = context_attention(
+        "ring",
+        size=1,
+        attention="triton",
+        target=Target.of(devices[0]),
+        dtype=jnp.bfloat16,
+        head_dim=128,
+        num_heads=32,
+        num_kv_heads=8,
+        packed=True,
+        seq_len=32768,
+        shared_prefix=True,
+    )
+
+    def run(q, k, v, dout, documents):
+        out, vjp = jax.vjp(lambda q, k, v: attend.fn(q, k, v, documents), q, k, v)
+        return out, vjp(dout)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct((1, 32768, *shape), dtype, sharding=everywhere)
+
+    ids = Families(array(dtype=jnp.int32), array(dtype=jnp.int32))
+    with compile_only.as_device(mesh), launch.collect() as found:
+        lowered = jax.jit(run).lower(*(array(n, 128) for n in (32, 8, 8, 32)), ids)
+    program = compile_only.compile_for(lowered)
+    said = {
+        "temp": compile_only.memory(program).temp,
+        "custom_calls": hlo.summarize(program.as_text() or "").custom_calls,
+        "spill_bytes": sum(resources.resources(k).spill_bytes for k in found),
+    }
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    import sys
+
+    from jaxrl.perf import compile_only
+
+    compile_only.prepare_environment()
+    main(sys.argv[1])

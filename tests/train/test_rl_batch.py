@@ -138,6 +138,15 @@ def test_a_group_that_does_not_fit_repeats_its_prompt(turns, lengths):
     assert list(packed.lengths) == lengths
 
 
+def test_prompts_are_shared_where_that_saves_a_micro_batch():
+    """Three rollouts of 23 tokens in two rows, or of 8 + 3 x 15 in one."""
+    for rows, shared in ((1, True), (2, False)):
+        options = {"rows": rows, "micro_batches": 2, "pad_id": PAD, "share_prompts": True}
+        packed = pack_rollouts(group([0] * 9, [13] * 3, 5), [1.0] * 3, seq_len=64, **options)
+        assert packed.used == 1 and packed.shared == shared
+        assert packed.lengths == ((8, 15, 15, 15) if shared else (23, 23, 23))
+
+
 def test_rows_that_do_not_fit_are_refused():
     rollouts = [rollout(40, i) for i in range(5)]
     with pytest.raises(ValueError, match="5 rows, and 2 micro-batches hold 2 each"):

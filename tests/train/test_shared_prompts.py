@@ -32,12 +32,12 @@ CASES = {
 def rollouts() -> list[Rollout]:
     """Three tasks; one rollout of the second has several turns, the third has only one."""
     rng, made = np.random.default_rng(0), []
-    for prompt, turns in ((9, (5, 3, 8, 1)), (14, (4, 6, 2)), (6, (7,))):
+    for prompt, turns in ((35, (5, 3, 8, 1)), (40, (4, 3, 2)), (6, (7,))):
         said = rng.integers(0, 128, prompt).tolist()
         for number, turn in enumerate(turns):
             made.append(Rollout(Task(f"{prompt}", ())))
             made[-1].say(said)
-            for _ in range(2 if (prompt, number) == (14, 1) else 1):
+            for _ in range(2 if (prompt, number) == (40, 1) else 1):
                 near = (-np.log(128) + 0.1 * rng.standard_normal(turn)).tolist()
                 made[-1].draw(rng.integers(0, 128, turn).tolist(), near, [0] * turn)
                 made[-1].say(rng.integers(0, 128, 2).tolist())
