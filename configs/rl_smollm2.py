@@ -10,9 +10,10 @@ from jaxrl.config import default_config
 from jaxrl.rl_config import RlConfig
 
 MODEL = pathlib.Path("runs/SmolLM2-135M-Instruct")
-# Sums and differences of two or three digits; few enough that others are left to be held out.
-ENV = """{"dataset": "chain_sum", "count": 200, "seed": 0, "tags": false,
-"options": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}}"""
+# Sums of two or three numbers up to ten; few enough that others are left to be held out.
+ENV = """{"dataset": "basic_arithmetic", "count": 200, "seed": 0, "tags": false, "options": {
+"operators": ["+"], "min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1,
+"allow_parentheses": false, "allow_negation": false}}"""
 
 
 def get_config():
@@ -35,9 +36,9 @@ def get_config():
     config.tasks_per_step = 8
     config.algorithm.group_size = 8
     config.rollout.decode_steps = 16
-    config.max_steps = 30
+    config.max_steps = 20
     config.checkpoint.every = 10
-    config.optimizer.learning_rate = 3e-5
+    config.optimizer.learning_rate = 2e-5
     config.optimizer.warmup_steps = 2
     # Memory is not what a CPU is short of.
     config.train.ac = "none"
