@@ -88,10 +88,13 @@ class RunConfig:
     tensorboard: bool = option(True, "Write TensorBoard files into the output folder.")
     wandb: str = option("", "Weights & Biases project to log to, if `wandb` is installed.")
     mlflow: str = option("", "MLflow experiment to log to, if `mlflow` is installed.")
+    profile: str = option("", "Steps to trace for TensorBoard's profiler, `FIRST:LAST`.")
 
     def __post_init__(self):
         at_least(self, 0, "lora_rank", "max_steps", "seed")
         at_least(self, 1, "rows_per_device", "max_bad_steps", "log_every")
+        if self.profile and not re.fullmatch(r"\d+:\d+", self.profile):
+            raise ConfigError(f"profile is {self.profile!r}; write FIRST:LAST, e.g. 10:12")
 
     @property
     def step(self) -> StepConfig:

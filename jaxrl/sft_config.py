@@ -6,7 +6,6 @@ Imports no JAX, as `jaxrl.config`.
 # ruff: noqa: RUF009 - `option` and `group` are dataclasses.field
 
 import dataclasses
-import re
 from typing import Literal
 
 from jaxrl.config import StepConfig, check_seq_len
@@ -78,7 +77,6 @@ class SftConfig(RunConfig):
     )
     eval_batches: int = option(0, "Batches of a validation; 0: all of the data.")
     seed: int = option(0, "Seed of adapters and of the data's order.")
-    profile: str = option("", "Steps to trace for TensorBoard's profiler, `FIRST:LAST`.")
     dry_run: bool = option(False, "Print the resolved options and the plan, and stop.")
     gpu: str = option("", "`dry_run`: GPU to plan for, e.g. `8xH100`; default this host's devices.")
 
@@ -88,8 +86,6 @@ class SftConfig(RunConfig):
         at_least(self, 1, "batch_size")
         if not self.max_steps and not self.epochs:
             raise ConfigError("max_steps and epochs are both 0; one of them has to end the run")
-        if self.profile and not re.fullmatch(r"\d+:\d+", self.profile):
-            raise ConfigError(f"profile is {self.profile!r}; write FIRST:LAST, e.g. 10:12")
 
     @property
     def step(self) -> StepConfig:

@@ -9,6 +9,7 @@ hosts servers draw: process 0 asks them, scores, and tells the others what to tr
 import collections
 import contextlib
 import dataclasses
+import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from jaxrl.rollout.generation import InTurns
 from jaxrl.rollout.rollouts import Group, Rollout
 from jaxrl.train.advantages import group_advantages, is_flat, length_penalty
 from jaxrl.train.pretrained import find_checkpoint
+from jaxrl.train.profile import Profile
 from jaxrl.train.program import Program, rl_program
 from jaxrl.train.reference import Reference
 from jaxrl.train.rl_batch import device_batch, pack_rollouts
@@ -138,9 +140,11 @@ def fit(run: Run, state: TrainState, step: int) -> int:
         values = evaluate(run)
         run.monitor.log(0, values)
         run.console.step(0, values)
-    with StopSignals() as stop:
+    profiles = pathlib.Path(config.output) / "profile"
+    with StopSignals() as stop, Profile(config.profile, profiles) as profile:
         while step < config.max_steps and not stopped and not run.gave_up:
             began = time.perf_counter()
+            profile.before(step + 1)
             groups = gather_for_all(run, step, stop)
             if groups is None:  # stopped: the last step is the last
                 if step:
@@ -154,6 +158,7 @@ def fit(run: Run, state: TrainState, step: int) -> int:
             wanted = last or due(config.eval.every, step)
             if config.eval.tasks and wanted and not cut_short:
                 values |= evaluate(run)
+            profile.after(step)
             run.monitor.log(step, values)
             run.console.step(step, values)
             if cut_short or last or due(config.checkpoint.every, step):
@@ -182,7 +187,8 @@ def one_step(
     batch = device_batch(run.program, rows)
     if run.reference is not None:
         batch = dataclasses.replace(batch, ref_logprobs=run.reference(state, batch))
-    state, metrics = run.program.step(state, batch)
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        state, metrics = run.program.step(state, batch)
     fetched = jax.device_get({k: v for k, v in metrics.items() if v.ndim == 0})
     trained = time.perf_counter()
     update(run, state, step)

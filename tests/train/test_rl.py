@@ -110,6 +110,7 @@ def test_writes_a_line_per_step_and_every_rollout(whole):
         assert set(keys.split()) <= line.keys()
         assert abs(line["mismatch_kl"]) < 1e-6  # fp32: the sampler is the trainer
         assert line["staleness"] == 0 and line["rollouts_trained"] <= 16
+        assert 0 <= line["shared_pct"] < 100
     rollouts = [json.loads(line) for line in (whole / "rollouts.jsonl").read_text().splitlines()]
     first = [r for r in rollouts if r["step"] == 1]
     rewards = [r["reward"] for r in first]
@@ -118,7 +119,8 @@ def test_writes_a_line_per_step_and_every_rollout(whole):
 
 
 def test_a_resumed_run_takes_every_task_once(model, whole, tmp_path):
-    assert rl(model, tmp_path / "run", "max_steps=2") == 0
+    assert rl(model, tmp_path / "run", "max_steps=2", "profile=2:2") == 0
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
     assert rl(model, tmp_path / "run") == 0
 
     def groups(output):
