@@ -40,7 +40,7 @@ def get_config():
     config.algorithm.keep_flat = True
     config.train.compute_dtype = "float32"
     config.train.ac = "none"
-    config.rows_per_device = 8
+    config.rows_per_device = 2
     config.rollout.decode_steps = 16
     config.tensorboard = False
     config.checkpoint.every = 0
@@ -80,7 +80,7 @@ def arguments():
     add("--tasks-per-step", type=int, default=4)
     add("--group-size", type=int, default=8)
     add("--tokens", type=int, default=64, help="of a completion")
-    add("--seq-len", type=int, default=128, help="of our rows, into which rollouts are packed")
+    add("--seq-len", type=int, default=640, help="of our rows; a group fits into one")
     add("--threads", type=int, default=2)
     add("--learning-rate", type=float, default=1e-6)
     add("--ours", action="append", default=[], help="NAME=VALUE, an option of ours")
