@@ -305,6 +305,8 @@ def gather(run: Run, step: int, stop: StopSignals) -> list[Group] | None:
         if not good and len(run.drawn) >= (told + 1) * PATIENCE * config.tasks_per_step:
             told += 1
             tell_of_none(run)
+    if stop.requested:
+        return None
     rollouts = list(each(run.drawn))
     counts.update(groups=len(run.drawn), rollouts=len(rollouts))
     for reason, count in failures(run.drawn).items():
