@@ -32,9 +32,11 @@ def block_size(seq_len: int) -> int:
     return min(64 if seq_len <= 1024 else 128, seq_len)
 
 
-def visits_at_once(num_heads: int, block: int) -> int:
-    """Pairs of a block of queries and a block of keys that are computed together."""
-    return min(32, max(1, _AT_ONCE // (num_heads * block * block)))
+def visits_at_once(rows: int, seq_len: int, num_heads: int, block: int) -> int:
+    """Pairs of a block of queries and a block of keys that are computed together: of at most all
+    that so many rows have."""
+    there_are = rows * (-(-seq_len // block)) ** 2
+    return min(32, there_are, max(1, _AT_ONCE // (num_heads * block * block)))
 
 
 def blocked_attention(
@@ -170,7 +172,7 @@ class _Visits:
 def _visits(bounds, block, num_heads) -> _Visits:
     """Those of `bounds` as `key_bounds` gives them."""
     B, T = bounds[0].shape
-    size = visits_at_once(num_heads, block)
+    size = visits_at_once(B, T, num_heads, block)
     n = T // block
     starts, stops = (a.reshape(B, n, block) for a in bounds)
     own = jnp.arange(n)

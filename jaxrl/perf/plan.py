@@ -171,9 +171,10 @@ def _attention_rounds(program: Program, docs: Sequence[int]) -> float:
         heads //= devices
     else:
         parts, loops = devices, 2 * devices - 1  # its own keys, and two blocks of each other's
-    block = attention_xla.block_size(program.seq_len // parts)
-    visits = program.rows_per_device * cost.visited_blocks(docs, block, block) / parts / loops
-    return math.ceil(visits / attention_xla.visits_at_once(heads, block))
+    rows, seq_len = program.rows_per_device, program.seq_len // parts
+    block = attention_xla.block_size(seq_len)
+    visits = rows * cost.visited_blocks(docs, block, block) / parts / loops
+    return math.ceil(visits / attention_xla.visits_at_once(rows, seq_len, heads, block))
 
 
 def _grouped_loop_flops(loop: hlo.LoopBody, program: Program) -> float:
