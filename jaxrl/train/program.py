@@ -36,8 +36,7 @@ from jaxrl.train.step import TrainStep
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A training step and the shapes it runs on. `rows`: sequences per micro-batch, all devices.
-    packed: rows hold several documents; shared_prompts: of which
-    some may go on from others."""
+    packed: rows hold several documents; shared_prompts: of which some may go on from others."""
 
     step: TrainStep
     micro_batches: int
