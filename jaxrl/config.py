@@ -204,10 +204,12 @@ class ProxyConfig:
     num_layers: int = option(2, "Layers of the proxy.")
     seq_len: int = option(128, "Tokens per sequence; a multiple of 128.")
     batch: int = option(1, "Sequences per micro-batch.")
+    tasks: int = option(2, "Prompts of a step of `rl_e2e`, at most.")
+    group_size: int = option(4, "Rollouts of each of them, at most.")
     compute_dtype: Literal["bfloat16", "float32"] = option("float32", "Dtype of activations.")
 
     def __post_init__(self):
-        at_least(self, 1, "num_layers", "batch")
+        at_least(self, 1, "num_layers", "batch", "tasks", "group_size")
         check_seq_len(self.seq_len)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxrl.config import BenchConfig
+from jaxrl.config import BenchConfig, E2eConfig
 from jaxrl.data.fake import fake_batch
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.presets import preset
@@ -38,7 +38,8 @@ def measure_row(row: Row, config: BenchConfig, progress: Progress) -> dict[str, 
     the peak memory of their own devices.
     """
     progress("compiling")
-    proxy = row.gpu == CPU
+    if proxy := row.gpu == CPU:
+        config = dataclasses.replace(config, e2e=_proxy_e2e(config))
     program = _proxy_program(row, config) if proxy else _gpu_program(row, config)
     start = time.perf_counter()
     compiled = program.lower().compile()
@@ -108,6 +109,17 @@ def _proxy_program(row: Row, config: BenchConfig) -> Program:
         model=proxy_model(preset(row.model), proxy.num_layers),
         rows_per_device=proxy.batch,
         compute_dtype=proxy.compute_dtype,
+    )
+
+
+def _proxy_e2e(config: BenchConfig) -> E2eConfig:
+    """A step of few rollouts; prompts that do not fit the proxy's rows are a quarter of them."""
+    e2e, proxy = config.e2e, config.proxy
+    return dataclasses.replace(
+        e2e,
+        tasks=min(e2e.tasks, proxy.tasks),
+        group_size=min(e2e.group_size, proxy.group_size),
+        prompt_tokens=e2e.prompt_tokens if e2e.prompt_tokens < proxy.seq_len else 0,
     )
 
 

@@ -32,12 +32,18 @@ def small_program():
 
 @pytest.fixture(scope="module")
 def measured():
+    """The proxy of a row of 20 longer rollouts: 6 of 128 tokens, 32 of them the prompt."""
     seen = []
+    config = dataclasses.replace(
+        CONFIG,
+        e2e=E2eConfig(tasks=4, group_size=5, prompt_tokens=1000),
+        proxy=dataclasses.replace(CONFIG.proxy, tasks=2, group_size=3),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "preset", lambda name: TINY)
         patch.setattr(measure, "measure_matmul_peak", lambda dtype: 1e11)
         row = proxy_row(ROW, 128)
-        return row, seen, measure.measure_row(row, CONFIG, lambda *a, **k: seen.append((a, k)))
+        return row, seen, measure.measure_row(row, config, lambda *a, **k: seen.append((a, k)))
 
 
 def test_the_phases_make_the_step(measured):
@@ -45,7 +51,7 @@ def test_the_phases_make_the_step(measured):
     parts = sum(values[name] for name in ("rollout_s", "train_s", "sync_s"))
     assert values["wait_s"] == 0 and all(values[name] > 0 for name in ("rollout_s", "train_s"))
     assert values["total_s"] == pytest.approx(parts, rel=0.5)  # medians, each of its own
-    assert values["tokens_per_s_rollout"] == pytest.approx(6 * 28 / values["rollout_s"])
+    assert values["tokens_per_s_rollout"] == pytest.approx(6 * 96 / values["rollout_s"])
     assert values["tokens_per_s_train"] == pytest.approx(6 * 128 / values["train_s"])
     assert values["tps"] == pytest.approx(6 * 128 / values["total_s"])
     assert [a[0] for a, _ in seen].count("step") == CONFIG.steps
