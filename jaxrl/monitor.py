@@ -18,7 +18,8 @@ class Monitor:
     """Appends scalars to `FOLDER/metrics.jsonl`, TensorBoard files in `FOLDER`, and `trackers`.
 
     resumed_at: of a run that goes on from a checkpoint, its step, or -1 of a new one: what was
-    written of later steps, which will be trained again, is dropped. None: nothing is.
+    written of later steps, which will be trained again, is dropped, also from `rollouts.jsonl`.
+    None: nothing is.
     A tracker that fails gets no more, which is logged once.
     Use as a context manager. Raises OSError where the folder cannot be written.
     """
@@ -34,8 +35,9 @@ class Monitor:
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "metrics.jsonl"
-        if resumed_at is not None and file.is_file():
-            _drop_later(file, resumed_at)
+        for written in (file, self.folder / "rollouts.jsonl"):
+            if resumed_at is not None and written.is_file():
+                _drop_later(written, resumed_at)
         self._jsonl = file.open("a", encoding="utf-8")
         self._trackers = list(trackers)
         self._writer = None
@@ -63,6 +65,11 @@ class Monitor:
                 self._trackers.remove(tracker)
                 kind = type(tracker).__name__
                 _log.warning("%s gets nothing from step %d on: %s", kind, step, error)
+
+    def lines(self, step: int) -> list[dict[str, Any]]:
+        """What the JSONL file has of one step."""
+        with (self.folder / "metrics.jsonl").open(encoding="utf-8") as file:
+            return [line for line in map(json.loads, file) if line["step"] == step]
 
     def text(self, name: str, text: str, step: int = 0) -> None:
         """Show `text` (markdown) under `name` in TensorBoard."""
@@ -103,14 +110,16 @@ class Silent(Monitor):
 
 def _drop_later(file: pathlib.Path, step: int) -> None:
     """Keep the lines of `file` up to `step`; a last line that a killed run left unfinished goes."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            known = json.loads(line)["step"] <= step
-        except (ValueError, KeyError):
-            known = False
-        if known:
-            kept.append(line + "\n")
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    with (
+        file.open(encoding="utf-8", errors="replace") as lines,
+        partial.open("w", encoding="utf-8") as kept,
+    ):
+        for line in lines:
+            try:
+                known = json.loads(line)["step"] <= step
+            except (ValueError, KeyError, TypeError):
+                known = False
+            if known:
+                kept.write(line.rstrip("\n") + "\n")
     partial.replace(file)

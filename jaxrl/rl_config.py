@@ -25,11 +25,12 @@ class EnvConfig:
     options: str = option("{}", 'What it is made with, as JSON, e.g. `{"seed": 1}`.')
     workers: int = option(1, "Processes that reply and score.")
     timeout_s: float = option(30.0, "Seconds after which a reply or a reward has failed.")
+    make_timeout_s: float = option(600.0, "Seconds for making the environment in its process.")
     max_turns: int = option(8, "Turns of the model in a rollout.")
 
     def __post_init__(self):
         at_least(self, 1, "workers", "max_turns")
-        above(self, 0, "timeout_s")
+        above(self, 0, "timeout_s", "make_timeout_s")
         parsed(self.options, "options")
 
 
@@ -119,6 +120,16 @@ class AlgorithmConfig:
     def __post_init__(self):
         at_least(self, 2, "group_size")
         at_least(self, 0, "length_penalty", "length_margin")
+        if self.length_penalty and not self.length_margin:
+            raise ConfigError(
+                f"length_penalty is {self.length_penalty}, and length_margin, over which it rises, "
+                "is 0; give tokens, e.g. a quarter of rollout.max_tokens"
+            )
+        if self.length_penalty and self.advantage == "max_rl":
+            raise ConfigError(
+                "advantage max_rl is for rewards that are not negative, which length_penalty makes "
+                "of some; choose another, e.g. mean"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,10 +30,16 @@ def test_a_resumed_run_drops_what_it_will_write_again(tmp_path):
             monitor.log(step, {"loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # killed while writing
+    said = "".join(json.dumps({"step": step, "said": "\u00e4"}) + "\n" for step in (1, 2, 3, 2))
+    (tmp_path / "rollouts.jsonl").write_bytes(
+        said.encode() + '{"step": 2, "said": "ä'.encode()[:-1]
+    )
     with Monitor(tmp_path, tensorboard=False, resumed_at=2) as monitor:
         monitor.log(3, {"loss": -3.0})
     assert [(x["step"], x["loss"]) for x in lines(tmp_path)] == [(0, 0), (1, 1), (2, 2), (3, -3)]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "rollouts.jsonl"}
+    kept = [json.loads(line)["step"] for line in (tmp_path / "rollouts.jsonl").open()]
+    assert kept == [1, 2, 2]
 
 
 def test_tensorboard_forgets_later_steps_too(tmp_path):

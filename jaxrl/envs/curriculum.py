@@ -47,6 +47,12 @@ class Curriculum:
         """Tasks that are "easy", or "hard"."""
         return sum(found == pool for found in self._pools.values())
 
+    def figures(self) -> dict[str, float]:
+        """How many tasks are put aside: `curriculum/easy`, `curriculum/hard`, of those in use."""
+        limits = {"easy": self.easy, "hard": self.hard}
+        used = [pool for pool, limit in limits.items() if limit is not None]
+        return {f"curriculum/{pool}": float(self.size(pool)) for pool in used}
+
     def get_state(self) -> dict[str, Any]:
         """A JSON value."""
         pools = self._pools.items()

@@ -4,42 +4,53 @@ What is run there is the user's: it may raise, hang, or take the process with it
 an `Outcome` with a reason, and the next call finds another process.
 """
 
-import dataclasses
-import functools
+import atexit
+import contextlib
 import json
-import math
-import multiprocessing
-import numbers
+import queue
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
-import pebble
-
-from jaxrl.envs.protocol import Environment, Message, Task, make_environment
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a call gave: a reply's messages, or a score's {"reward": ..., ...}; else why it failed:
-    "timeout", "crash", or what was raised, in a line."""
-
-    value: Any = None
-    failure: str | None = None
+from jaxrl.envs.messages import line_of
+from jaxrl.envs.process import EnvironmentProcess, Outcome, packed
+from jaxrl.envs.protocol import Message, Task
 
 
 class Isolated:
     """`reply` and `score` of the environment `name` with `options`, run by `workers` processes, at
-    most `timeout_s` seconds each. Use as a context manager."""
+    most `timeout_s` seconds each. Use as a context manager.
+
+    make_s: seconds for making the environment, which each process does before its first call: it
+    may load data, or a model.
+    """
 
     def __init__(
-        self, name: str, options: Mapping[str, Any], *, workers: int = 1, timeout_s: float = 30.0
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        *,
+        workers: int = 1,
+        timeout_s: float = 30.0,
+        make_s: float = 600.0,
     ):
-        self._made_by = (name, json.dumps(dict(options)))
-        self._timeout = timeout_s
-        # A fork of a process with JAX's threads may hang.
-        context: Any = multiprocessing.get_context("spawn")
-        self._pool = pebble.ProcessPool(max_workers=workers, context=context)
+        self._calls: queue.SimpleQueue[tuple[bytes, Future[Outcome]] | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        made_by = (name, json.dumps(dict(options)))
+        limits: Any = {"make_s": make_s, "timeout_s": timeout_s, "closing": self._closing}
+        self._threads = [
+            threading.Thread(
+                target=self._work,
+                args=(EnvironmentProcess(*made_by, **limits),),
+                name="environment",
+                daemon=True,
+            )
+            for _ in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.close)  # or Python would wait for the processes
 
     def __enter__(self) -> "Isolated":
         return self
@@ -48,8 +59,16 @@ class Isolated:
         self.close()
 
     def close(self) -> None:
-        self._pool.stop()
-        self._pool.join()
+        """End the processes; what nobody has answered yet nobody will."""
+        atexit.unregister(self.close)
+        self._closing.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._calls.get_nowait()
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def reply(self, task: Task, messages: Sequence[Message]) -> "Future[Outcome]":
         """The future of an `Outcome`; it never raises."""
@@ -59,45 +78,18 @@ class Isolated:
         return self._call("score", task, messages)
 
     def _call(self, what: Literal["reply", "score"], task: Task, messages) -> "Future[Outcome]":
-        asked: Future = self._pool.schedule(
-            _run, args=(*self._made_by, what, task, list(messages)), timeout=self._timeout
-        )
         told: Future[Outcome] = Future()
-
-        def tell(done: Future) -> None:
-            try:
-                told.set_result(done.result())
-            except TimeoutError:
-                told.set_result(Outcome(failure="timeout"))
-            except Exception:  # the process ended, or what it gave could not be sent back
-                told.set_result(Outcome(failure="crash"))
-
-        asked.add_done_callback(tell)
+        try:
+            self._calls.put((packed(what, task, messages), told))
+        except Exception as error:  # of any kind: what a task has in `info` is the user's
+            told.set_result(Outcome(failure=f"the task cannot be sent: {line_of(error)}"))
         return told
 
-
-@functools.cache
-def _environment(name: str, options: str) -> Environment:
-    return make_environment(name, json.loads(options))
-
-
-def _run(name: str, options: str, what: str, task: Task, messages: list) -> Outcome:
-    try:
-        environment = _environment(name, options)
-        if what == "reply":
-            return Outcome([dict(message) for message in environment.reply(task, messages)])
-        return Outcome(_figures(environment.score(task, messages)))
-    except BaseException as error:  # sys.exit, too, is no reason to end the process
-        line = " ".join(str(error).split())[:200]
-        return Outcome(failure=f"{type(error).__name__}: {line}")
-
-
-def _figures(score: Any) -> dict[str, float]:
-    """A score as {"reward": ..., ...}. Raises ValueError for anything but finite numbers."""
-    found = dict(score) if isinstance(score, Mapping) else {"reward": score}
-    if "reward" not in found:
-        raise ValueError(f"the score has no reward, only {', '.join(map(str, found))}")
-    for key, value in found.items():
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise ValueError(f"{key} is {value!r}, no finite number")
-    return {str(key): float(value) for key, value in found.items()}
+    def _work(self, process: EnvironmentProcess) -> None:
+        while (call := self._calls.get()) is not None:
+            asked, told = call
+            try:
+                told.set_result(process.ask(asked))
+            except Exception as error:  # such as no memory for another process
+                told.set_result(Outcome(failure=line_of(error)))
+        process.end()

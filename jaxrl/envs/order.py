@@ -25,7 +25,7 @@ class TaskOrder:
             number = self._again.pop(0)
             return number, self.index(number)
         # Where all tasks are put aside, one is asked all the same.
-        for number in range(self._next, self._next + self.count):
+        for number in range(self._next, self._next + 2 * self.count):  # a whole pass is among them
             if not self.curriculum.skips(number, self.index(number)):
                 break
         else:

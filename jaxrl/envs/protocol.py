@@ -28,8 +28,12 @@ class Environment(Protocol):
     """Tasks, each with an index from 0, and what becomes of conversations about them.
 
     `messages` are the task's and all that followed: turns of the model (role "assistant") and
-    replies. Both methods run in other processes, in which an environment of the same options is
-    made: they see what they are given, and nothing that another call has left behind.
+    replies. `reply` and `score` run in other processes, in which an environment of the same options
+    is made: they see what they are given, and nothing that another call has left behind.
+
+    A message is JSON: {"role": text, "content": text, ...}; content may be None, or missing, where
+    there are `tool_calls`. Figures are finite numbers. `task` runs in the trainer's process: one
+    that raises, or whose messages are none, is a failure of its rollouts, as the others' are.
     """
 
     def __len__(self) -> int: ...
@@ -86,4 +90,4 @@ def make_environment(name: str, options: Mapping[str, Any]) -> Environment:
 
 def last_turn(messages: Sequence[Message]) -> str:
     """The text of the model's last turn."""
-    return next(m["content"] for m in reversed(messages) if m["role"] == "assistant")
+    return next(m["content"] or "" for m in reversed(messages) if m["role"] == "assistant")

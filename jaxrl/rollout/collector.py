@@ -101,6 +101,11 @@ class Collector:
             rollout.say(prompt)
             self._turns.append(_Turn(rollout, group, request, completion))
 
+    def refuse(self, number: int, task: Task, failure: str) -> None:
+        """A group that is not begun: all of its rollouts have failed."""
+        rollouts = [Rollout(task, failure=failure) for _ in range(self.group_size)]
+        self._finished.append(Group(number, rollouts))
+
     def poll(self) -> list[Group]:
         """Draw some tokens, take up what has arrived, and return the groups that are finished."""
         if self.engine.busy:
@@ -127,6 +132,9 @@ class Collector:
 
     def _turn_ended(self, turn: _Turn) -> None:
         rollout, group, completion = turn.rollout, turn.group, turn.completion
+        if completion.failure:
+            self._end(rollout, group, failure=f"turn: {completion.failure}")
+            return
         rollout.draw(completion.tokens, completion.logprobs, completion.versions)
         stopped = completion.finish == "stop"
         text = self._said(completion, stopped)
@@ -201,7 +209,10 @@ class Collector:
             raise PromptRefused(str(error)) from None
 
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer.hf(text, add_special_tokens=False).input_ids
+        try:
+            return self.tokenizer.hf(text, add_special_tokens=False).input_ids
+        except (TypeError, UnicodeError) as error:  # half a character
+            raise PromptRefused(f"its text cannot be encoded: {error}") from None
 
     def _said(self, completion: Completion, stopped: bool) -> str:
         """A turn's text, without the token that ended it."""

@@ -7,8 +7,9 @@ import time
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from jaxrl.envs.messages import TaskFailed, take_task
 from jaxrl.envs.order import TaskOrder
-from jaxrl.envs.protocol import Environment
+from jaxrl.envs.protocol import Environment, Task
 from jaxrl.rollout.collector import Collector
 from jaxrl.rollout.rollouts import Group
 
@@ -58,6 +59,11 @@ class InTurns:
         with self._order_lock:
             self.order.curriculum.record(self.order.index(number), mean)
 
+    def curriculum_figures(self) -> dict[str, float]:
+        """How many tasks it has put aside, as metrics."""
+        with self._order_lock:
+            return self.order.curriculum.figures()
+
     def close(self) -> None:
         """Nothing is drawn any more."""
 
@@ -67,8 +73,12 @@ class InTurns:
             with self._order_lock:
                 number, index = self.order.take()
                 self._begun.add(number)
-            task = self.environment.task(index)
-            self.collector.start(number, task, self.order.draw_seed(number))
+            try:
+                task = take_task(self.environment, index)
+            except TaskFailed as error:
+                self.collector.refuse(number, Task(f"task {index}", ()), f"task: {error}")
+            else:
+                self.collector.start(number, task, self.order.draw_seed(number))
 
     def _poll(self) -> list[Group]:
         began = time.perf_counter()
@@ -101,6 +111,7 @@ class Overlapped(InTurns):
         super().__init__(collector, environment, order)
         self.ahead = ahead
         self._groups: queue.Queue[list[Group]] = queue.Queue()
+        self._left: list[Group] = []  # that more arrived than were wanted
         self._weights: queue.Queue[tuple[Any, int]] = queue.Queue()
         self._engine_lock = threading.Lock()
         # A thread that takes a lock again at once would leave it to nobody.
@@ -125,13 +136,12 @@ class Overlapped(InTurns):
             self._pauses.clear()
 
     def take(self, wanted: int) -> list[Group]:
-        del wanted  # as many as may be are in flight
-        try:
-            groups = self._groups.get(timeout=0.2)
-        except queue.Empty:
-            groups = []
+        if not self._left:
+            with contextlib.suppress(queue.Empty):
+                self._left = self._groups.get(timeout=0.2)
         if self._failure is not None:
             raise self._failure
+        groups, self._left = self._left[:wanted], self._left[wanted:]
         self._handed_out(groups)
         return groups
 

@@ -34,10 +34,16 @@ class EngineActor:
         """The id of the actor's process, once it has its model."""
         return os.getpid()
 
-    async def complete(self, prompt: Sequence[int], sampling: Sampling) -> list[Drawn]:
+    async def complete(
+        self, prompt: Sequence[int], sampling: Sampling, version: int | None = None
+    ) -> list[Drawn]:
+        """version: of the weights it was given; one that was started again has older ones."""
         from jaxrl.serving.service import Busy
 
         self._check()
+        has = self._served.service.engine.version
+        if version is not None and has < version:
+            raise WorkerLost(f"it draws with weights {has} where it was given {version}")
         try:
             ticket = await self._served.service.submit(prompt, sampling)
         except Busy:
@@ -66,12 +72,14 @@ class RayWorker:
 
     def __init__(self, name: str, actor: Any):
         self.name, self.actor = name, actor
+        self._version: int | None = None  # of the weights it was given
 
     async def complete(self, prompt: Sequence[int], sampling: Sampling) -> list[Drawn]:
-        return await self._ask(self.actor.complete, list(prompt), sampling)
+        return await self._ask(self.actor.complete, list(prompt), sampling, self._version)
 
     async def update(self, folder: Path, version: int) -> None:
         await self._ask(self.actor.update, str(folder), version)
+        self._version = version
 
     async def _ask(self, method: Any, *args: Any) -> Any:
         from ray.exceptions import RayError, RayTaskError
@@ -80,7 +88,7 @@ class RayWorker:
             return await method.remote(*args)
         except RayTaskError as error:  # raised by the method itself
             cause = error.cause
-            if isinstance(cause, (ConfigError, WorkerBusy)):
+            if isinstance(cause, (ConfigError, WorkerBusy, WorkerLost)):
                 raise cause from None
             raise WorkerLost(f"{type(cause).__name__}: {cause}") from None
         except RayError as error:

@@ -1,6 +1,8 @@
 """One conversation of the model about a task, as training sees it."""
 
+import collections
 import dataclasses
+import itertools
 from typing import Any
 
 from jaxrl.envs.protocol import Message, Task
@@ -9,14 +11,15 @@ from jaxrl.envs.protocol import Message, Task
 @dataclasses.dataclass
 class Rollout:
     """tokens: prompt, turns and replies, in order. drawn: which of them the model drew; logprobs
-    and versions of those (0 and -1 of the others). truncated: its last turn was cut off by a limit.
-    failure: why it has no reward."""
+    and versions of those (0 and -1 of the others). by_version: how many tokens each version drew.
+    truncated: its last turn was cut off by a limit. failure: why it has no reward."""
 
     task: Task
     tokens: list[int] = dataclasses.field(default_factory=list)
     drawn: list[bool] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)
+    by_version: dict[int, int] = dataclasses.field(default_factory=collections.Counter)
     messages: list[Message] = dataclasses.field(default_factory=list)
     truncated: bool = False
     reward: float | None = None
@@ -30,6 +33,12 @@ class Rollout:
     def draw(self, tokens: list[int], logprobs: list[float], versions: list[int]) -> None:
         """Add a turn of the model."""
         self._add(tokens, True, logprobs, versions)
+        for version in versions:
+            self.by_version[version] += 1
+
+    def forget(self) -> None:
+        """Drop tokens and words; what figures are made of stays."""
+        self.tokens, self.drawn, self.logprobs, self.versions, self.messages = [], [], [], [], []
 
     def _add(self, tokens, drawn: bool, logprobs, versions) -> None:
         self.tokens += tokens
@@ -40,12 +49,23 @@ class Rollout:
     @property
     def length(self) -> int:
         """Tokens that the model drew."""
-        return sum(self.drawn)
+        return sum(self.by_version.values())
+
+    @property
+    def turns(self) -> list[tuple[int, int]]:
+        """(first token, number of tokens) of each of the model's turns."""
+        found, place = [], 0
+        for drawn, run in itertools.groupby(self.drawn):
+            count = len(list(run))
+            if drawn:
+                found.append((place, count))
+            place += count
+        return found
 
     @property
     def plain(self) -> dict[str, Any]:
         """As JSON takes it, without the task and what was said: all that training needs."""
-        left_out = ("task", "messages")
+        left_out = ("task", "messages", "by_version")
         return {k: v for k, v in vars(self).items() if k not in left_out} | {"id": self.task.id}
 
     @classmethod

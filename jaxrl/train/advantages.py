@@ -50,8 +50,9 @@ def is_flat(rewards: Sequence[float]) -> bool:
     return bool(np.ptp(np.asarray(rewards, np.float64)) <= 1e-9)
 
 
-def length_penalty(lengths: Sequence[int], limit: int, margin: int) -> np.ndarray:
-    """What is taken from the reward of completions of these lengths, 0 to 1: rises linearly over
-    the last `margin` tokens before `limit` (arXiv:2503.14476); margin 0: nothing."""
-    over = np.asarray(lengths, np.float64) - (limit - margin)
-    return np.clip(over / margin, 0.0, 1.0) if margin else np.zeros(len(lengths))
+def length_penalty(lengths: Sequence[int], limits: Sequence[int], margin: int) -> np.ndarray:
+    """What is taken from the reward of turns of these lengths, 0 to 1: rises linearly over the last
+    `margin` tokens before each one's limit, or over all there are (arXiv:2503.14476)."""
+    most = np.asarray(limits, np.float64)
+    margins = np.maximum(np.minimum(margin, most), 1)
+    return np.clip((np.asarray(lengths) - (most - margins)) / margins, 0.0, 1.0)

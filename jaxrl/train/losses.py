@@ -75,10 +75,11 @@ def masked_ratio(logprobs, tokens: RLTokens, config: LossConfig):
 
 
 def dppo_kl(logprobs, tokens: RLTokens, config: LossConfig):
-    """-A r + kl_coef (log r)^2, gradient through r.
+    """-A r of kept tokens (arXiv:2602.04879) + kl_coef (log r)^2 of all, gradient through r.
 
     A token is dropped where its probability moved too far in the direction its advantage pushes:
-    A > 0 and exp(lp) - exp(lq) > delta, or A <= 0 and exp(lp) - exp(lq) < -delta.
+    A > 0 and exp(lp) - exp(lq) > delta, or A <= 0 and exp(lp) - exp(lq) < -delta. The second term
+    then still draws it back to the sampler's.
     """
     log_ratio = jnp.where(tokens.mask, logprobs - tokens.sampler_logprobs, 0.0)
     moved = jax.lax.stop_gradient(jnp.exp(logprobs) - jnp.exp(tokens.sampler_logprobs))
@@ -87,7 +88,7 @@ def dppo_kl(logprobs, tokens: RLTokens, config: LossConfig):
     # The inner where keeps a dropped token's overflow out of the gradient.
     kept_ratio = jnp.where(keep, log_ratio, 0.0)
     policy = -tokens.advantages * jnp.exp(kept_ratio)
-    loss = jnp.where(keep, policy + config.kl_coef * kept_ratio**2, 0.0)
+    loss = jnp.where(keep, policy, 0.0) + config.kl_coef * log_ratio**2
     metrics = _ratio_metrics(jax.lax.stop_gradient(log_ratio), keep, tokens)
     metrics["dropped_by_divergence"] = jnp.sum(tokens.mask & too_far)
     return jnp.sum(loss), metrics

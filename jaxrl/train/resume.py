@@ -43,6 +43,7 @@ FREE = (
     "data.validation_split",
     "env.workers",
     "env.timeout_s",
+    "env.make_timeout_s",
     "eval",
     "rollout.slots",
     "rollout.cache_tokens",

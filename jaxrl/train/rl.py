@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrl.cli import HostLostError
 from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrl.models.hf_config import read_config
 from jaxrl.models.transformer import merge_trees
@@ -26,13 +27,13 @@ from jaxrl.parallel.first_process import from_first, on_first
 from jaxrl.rl_config import RlConfig
 from jaxrl.rollout.generation import InTurns
 from jaxrl.rollout.rollouts import Group, Rollout
-from jaxrl.train.advantages import group_advantages, is_flat, length_penalty
 from jaxrl.train.pretrained import find_checkpoint
 from jaxrl.train.profile import Profile
 from jaxrl.train.program import Program, rl_program
 from jaxrl.train.reference import Reference
 from jaxrl.train.rl_batch import device_batch, pack_rollouts
-from jaxrl.train.rl_metrics import each, failures, statistics, trace
+from jaxrl.train.rl_groups import training_rollouts, verdict
+from jaxrl.train.rl_metrics import each, failures, show, statistics, trace
 from jaxrl.train.rl_rollouts import (
     Elsewhere,
     Evaluation,
@@ -53,7 +54,7 @@ PATIENCE = 5
 @dataclasses.dataclass(kw_only=True)
 class Run(Session):
     """What the loop works with. `counts`: of rollouts, groups and updates. drawn: groups that were
-    taken for the step that is to come."""
+    taken for the step that is to come, `flat` of them with equal rewards."""
 
     config: RlConfig
     generation: InTurns | Elsewhere
@@ -61,6 +62,7 @@ class Run(Session):
     reference: Reference | None
     tokenizer: Tokenizer
     drawn: list[Group] = dataclasses.field(default_factory=list)
+    flat: int = 0
 
     @property
     def place(self) -> dict[str, Any]:
@@ -132,9 +134,9 @@ def train(config: RlConfig) -> int:
 
 
 def fit(run: Run, state: TrainState, step: int) -> int:
-    """The loop, from `step` on; returns the exit code. The last state is saved, and evaluated
-    unless the run was stopped or gave up."""
-    config, stopped = run.config, False
+    """The loop, from `step` on; returns the exit code. The last state is saved, also where no more
+    rollouts can be had, and evaluated unless the run was stopped or gave up."""
+    config, stopped, saved = run.config, False, step
     update(run, state, step)
     if step == 0 and config.eval.tasks:
         values = evaluate(run)
@@ -145,9 +147,15 @@ def fit(run: Run, state: TrainState, step: int) -> int:
         while step < config.max_steps and not stopped and not run.gave_up:
             began = time.perf_counter()
             profile.before(step + 1)
-            groups = gather_for_all(run, step, stop)
+            try:
+                groups = gather_for_all(run, step, stop)
+            except (ConfigError, HostLostError):
+                if step > saved:
+                    run.save(state, step, run.place)
+                    run.checkpoints.wait()
+                raise
             if groups is None:  # stopped: the last step is the last
-                if step:
+                if step > saved:
                     run.save(state, step, run.place)
                 stopped = True
                 break
@@ -163,7 +171,12 @@ def fit(run: Run, state: TrainState, step: int) -> int:
             run.console.step(step, values)
             if cut_short or last or due(config.checkpoint.every, step):
                 run.save(state, step, run.place)
+                saved = step
         run.checkpoints.wait()
+        if step == config.max_steps and not (stopped or run.gave_up) and not evaluated(run, step):
+            values = evaluate(run)  # a signal came before it, in the run before this
+            run.monitor.log(step, values)
+            run.console.step(step, values)
     return report(run, step, stopped)
 
 
@@ -173,7 +186,7 @@ def one_step(
     """One update on these groups, for which the run has waited since `began`; (the new state, which
     the engine draws with from now on, and the step's metrics)."""
     gathered = time.perf_counter()
-    seen, run.drawn = run.drawn, []
+    seen, run.drawn, flat, run.flat = run.drawn, [], run.flat, 0
     rollouts, advantages = training_rollouts(run.config, groups)
     rows = pack_rollouts(
         rollouts,
@@ -204,6 +217,7 @@ def one_step(
     drawing, run.generation.seconds = run.generation.seconds, 0.0
     values |= statistics(seen, step - 1)
     values |= {
+        "groups_flat": flat / len(seen),
         "groups_trained": float(len(groups)),
         "rollouts_trained": float(len(rollouts)),
         "micro_batches": float(rows.used),
@@ -224,7 +238,8 @@ def one_step(
     values |= {name: value for name, value in metered.items() if name != "step_s"}
     values |= {f"total/{name}": float(n) for name, n in run.counts.items()}
     if is_reporter():
-        trace(run.config.output, run.monitor, seen, step)
+        values |= run.drawing.curriculum_figures()
+    show(run.monitor, rollouts[:2], step)
     return state, values
 
 
@@ -256,17 +271,23 @@ def evaluate(run: Run) -> dict[str, float]:
     return from_first(ask)
 
 
+def evaluated(run: Run, step: int) -> bool:
+    """Whether the metrics have an evaluation of this step, or need none."""
+    return not run.config.eval.tasks or from_first(
+        lambda: any("eval/reward_mean" in line for line in run.monitor.lines(step))
+    )
+
+
 def gather_for_all(run: Run, step: int, stop: StopSignals) -> list[Group] | None:
     """`gather`, which process 0 does for all of them."""
     if jax.process_count() == 1:
         return gather(run, step, stop)
 
-    def ask() -> dict[str, Any] | None:
+    def ask() -> list[Any] | None:
         found = gather(run, step, stop)
         if found is None:
             return None
-        drawn = [(group.number, [r.plain for r in group.rollouts]) for group in run.drawn]
-        return {"drawn": drawn, "good": [group.number for group in found]}
+        return [(group.number, [r.plain for r in group.rollouts]) for group in found]
 
     said = from_first(ask)
     if said is None:
@@ -274,50 +295,50 @@ def gather_for_all(run: Run, step: int, stop: StopSignals) -> list[Group] | None
     if not is_reporter():
         run.drawn = [
             Group(number, [Rollout.of_plain(values) for values in rollouts])
-            for number, rollouts in said["drawn"]
+            for number, rollouts in said
         ]
-    by_number = {group.number: group for group in run.drawn}
-    return [by_number[number] for number in said["good"]]
+    mine = {number for number, _ in said}
+    return [group for group in run.drawn if group.number in mine]
 
 
 def gather(run: Run, step: int, stop: StopSignals) -> list[Group] | None:
     """The groups that step `step` + 1 trains on: rollouts of tasks until enough have rewards that
     differ. None where a signal came before. `run.drawn` is all that was drawn."""
-    config, generation, told = run.config, run.drawing, 0
+    config, generation, waits = run.config, run.drawing, PATIENCE * run.config.tasks_per_step
     good: list[Group] = []
-    counts: collections.Counter[str] = collections.Counter()
+    found: collections.Counter[str] = collections.Counter()
     while len(good) < config.tasks_per_step:
         if stop.requested:
             return None
         for group in generation.take(config.tasks_per_step - len(good)):
             run.drawn.append(group)
-            rewards = group.rewards
-            if rewards:
-                generation.record(group.number, float(np.mean(rewards)))
-            if len(rewards) < 2:
-                counts["groups_failed"] += 1
-            elif oldest(group) < step - config.rollout.max_staleness:
-                counts["groups_stale"] += 1
-            elif is_flat(rewards) and not config.algorithm.keep_flat:
-                counts["groups_flat"] += 1
-            else:
+            trace(config.output, group, step + 1)
+            if group.rewards:
+                generation.record(group.number, float(np.mean(group.rewards)))
+            said = verdict(config, group, step)
+            found[said] += 1
+            if said == "good" or (said == "flat" and config.algorithm.keep_flat):
                 good.append(group)
-        if not good and len(run.drawn) >= (told + 1) * PATIENCE * config.tasks_per_step:
-            told += 1
-            tell_of_none(run)
+            else:  # waiting may be long, and memory is not endless
+                for rollout in group.rollouts:
+                    rollout.forget()
+        if len(good) < config.tasks_per_step and len(run.drawn) >= waits:
+            waits *= 2
+            tell_of_few(run, len(good))
     if stop.requested:
         return None
-    rollouts = list(each(run.drawn))
-    counts.update(groups=len(run.drawn), rollouts=len(rollouts))
+    run.flat = found["flat"]
+    counts = collections.Counter({f"groups_{why}": n for why, n in found.items() if why != "good"})
+    counts.update(groups=len(run.drawn), rollouts=sum(len(g.rollouts) for g in run.drawn))
     for reason, count in failures(run.drawn).items():
         counts.update({"failed": count, f"failed_{reason}": count})
     run.counts.update(counts)
     return sorted(good, key=lambda group: group.number)
 
 
-def tell_of_none(run: Run) -> None:
-    """Say that no group of so many teaches anything. Raises ConfigError where all of them failed,
-    and were as many as there are tasks."""
+def tell_of_few(run: Run, good: int) -> None:
+    """Say that only `good` of so many groups teach anything. Raises ConfigError where all of them
+    failed, and were as many as there are tasks."""
     groups, rollouts = len(run.drawn), list(each(run.drawn))
     reasons = collections.Counter(r.failure for r in rollouts if r.failure).most_common(1)
     why = "".join(f"; {n} x {reason}" for reason, n in reasons)
@@ -327,31 +348,9 @@ def tell_of_none(run: Run) -> None:
             f"{why}"
         )
     run.console.say(
-        f"{groups} groups in a row have no rewards that differ; waiting for more{why}",
+        f"{good} of {groups} groups have rewards that differ; waiting for more{why}",
         style="yellow",
     )
-
-
-def oldest(group: Group) -> int:
-    """The version of the oldest weights that drew any of the group's scored rollouts."""
-    return min(version for r in group.scored for version in r.versions if version >= 0)
-
-
-def training_rollouts(
-    config: RlConfig, groups: Sequence[Group]
-) -> tuple[list[Rollout], list[float]]:
-    """The groups' scored rollouts, and the advantage of each."""
-    rollouts, advantages = [], []
-    options = config.algorithm
-    limit = config.rollout.max_tokens or config.seq_len
-    for group in groups:
-        rewards = np.array(group.rewards, np.float64)
-        lengths = [rollout.length for rollout in group.scored]
-        margin = options.length_margin
-        rewards = rewards - options.length_penalty * length_penalty(lengths, limit, margin)
-        rollouts += group.scored
-        advantages += group_advantages(rewards, options.advantage).tolist()
-    return rollouts, advantages
 
 
 def report(run: Run, step: int, stopped: bool) -> int:

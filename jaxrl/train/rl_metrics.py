@@ -1,7 +1,6 @@
 """What an RL run tells of its rollouts: figures, counts, and the rollouts themselves."""
 
 import collections
-import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,6 @@ import numpy as np
 
 from jaxrl.monitor import Monitor
 from jaxrl.rollout.rollouts import Group, Rollout
-from jaxrl.train.advantages import is_flat
 
 
 def statistics(groups: Sequence[Group], version: int) -> dict[str, float]:
@@ -19,18 +17,18 @@ def statistics(groups: Sequence[Group], version: int) -> dict[str, float]:
     rollouts = list(each(groups))
     scored = [r for r in rollouts if r.reward is not None]
     rewards = np.array([reward for g in groups for reward in g.rewards] or [0.0])
-    flat = [g for g in groups if len(g.rewards) > 1 and is_flat(g.rewards)]
     means = [np.mean(g.rewards) for g in groups if g.rewards]
     spreads = [np.std(g.rewards) for g in groups if g.rewards]
-    ages = [version - v for r in scored for v in r.versions if v >= 0]
+    ages = collections.Counter[int]()
+    for rollout in scored:
+        ages.update({version - v: count for v, count in rollout.by_version.items()})
     values = {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
         "group_reward_min": float(min(means, default=0.0)),
         "group_reward_max": float(max(means, default=0.0)),
         "group_reward_std": float(np.mean(spreads)) if spreads else 0.0,
-        "groups_flat": len(flat) / len(groups),
-        "staleness": float(np.mean(ages)) if ages else 0.0,
+        "staleness": sum(age * n for age, n in ages.items()) / max(ages.total(), 1),
         "staleness_max": float(max(ages, default=0)),
         "length_mean": float(np.mean([r.length for r in rollouts])),
         "length_max": float(max(r.length for r in rollouts)),
@@ -45,32 +43,39 @@ def statistics(groups: Sequence[Group], version: int) -> dict[str, float]:
 
 
 def failures(groups: Sequence[Group]) -> collections.Counter[str]:
-    """How many rollouts failed at what: "prompt", "reply", "reward"."""
+    """How many rollouts failed at what: "task", "prompt", "turn", "reply", "reward"."""
     return collections.Counter(r.failure.partition(":")[0] for r in each(groups) if r.failure)
 
 
-def trace(output: str, monitor: Monitor, groups: Sequence[Group], step: int) -> None:
-    """Every rollout as a line of rollouts.jsonl, the step's first ones as TensorBoard text."""
-    with (pathlib.Path(output) / "rollouts.jsonl").open("a", encoding="utf-8") as file:
-        for group in groups:
-            for rollout in group.rollouts:
-                line = {
-                    "step": step,
-                    "group": group.number,
-                    "task": rollout.task.id,
-                    "messages": rollout.messages,
-                    "reward": rollout.reward,
-                    "figures": rollout.figures,
-                    "tokens": rollout.length,
-                    "versions": sorted({v for v in rollout.versions if v >= 0}),
-                    "truncated": rollout.truncated,
-                    "failure": rollout.failure,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def trace(output: str, group: Group, step: int) -> None:
+    """Every rollout of a group as a line of rollouts.jsonl."""
+    lines = [
+        {
+            "step": step,
+            "group": group.number,
+            "task": rollout.task.id,
+            "messages": rollout.messages,
+            "reward": rollout.reward,
+            "figures": rollout.figures,
+            "tokens": rollout.length,
+            "versions": sorted(rollout.by_version),
+            "truncated": rollout.truncated,
+            "failure": rollout.failure,
+        }
+        for rollout in group.rollouts
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    file = pathlib.Path(output) / "rollouts.jsonl"
+    with file.open("a", encoding="utf-8", errors="backslashreplace") as appended:
+        appended.write(text)
+
+
+def show(monitor: Monitor, rollouts: Sequence[Rollout], step: int) -> None:
+    """A few rollouts as TensorBoard text."""
     shown = [
         f"reward {rollout.reward}  \n"
-        + "  \n".join(f"**{m['role']}**: {m['content']}" for m in rollout.messages)
-        for rollout in itertools.islice(each(groups), 2)
+        + "  \n".join(f"**{m['role']}**: {m.get('content')}" for m in rollout.messages)
+        for rollout in rollouts
     ]
     monitor.text("rollouts", "\n\n---\n\n".join(shown).replace("<", "&lt;"), step)
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxrl.data.tokenizer import Tokenizer
 from jaxrl.envs.curriculum import Curriculum
 from jaxrl.envs.isolated import Isolated
+from jaxrl.envs.messages import TaskFailed, take_task
 from jaxrl.envs.order import TaskOrder
 from jaxrl.envs.protocol import Environment, Task, make_environment
 from jaxrl.options import ConfigError
@@ -230,7 +231,13 @@ class Rollouts:
         temperature: float,
     ) -> Collector:
         env, rollout = self.config.env, self.config.rollout
-        isolated = Isolated(env.name, options, workers=env.workers, timeout_s=env.timeout_s)
+        isolated = Isolated(
+            env.name,
+            options,
+            workers=env.workers,
+            timeout_s=env.timeout_s,
+            make_s=env.make_timeout_s,
+        )
         return Collector(
             self.engine,
             environment,
@@ -262,14 +269,21 @@ def held_out_tasks(
     held_out: Environment, training: Environment, wanted: int
 ) -> tuple[list[Task], int]:
     """The first `wanted` held-out tasks that training has not. Where there are fewer, those that it
-    has follow, and their number is the second of what is returned."""
-    trained = {_content(training.task(i)) for i in range(len(training))}
+    has follow, and their number is the second of what is returned. Raises ConfigError for a
+    held-out task that cannot be asked."""
+    trained = set()
+    for index in range(len(training)):
+        with contextlib.suppress(TaskFailed):  # when its turn comes, it is counted
+            trained.add(_content(take_task(training, index)))
     new: list[Task] = []
     seen: list[Task] = []
     for index in range(len(held_out)):
         if len(new) == wanted:
             break
-        task = held_out.task(index)
+        try:
+            task = take_task(held_out, index)
+        except TaskFailed as error:
+            raise ConfigError(f"held-out task {index}: {error}") from error
         (seen if _content(task) in trained else new).append(task)
     return (new + seen)[:wanted], max(wanted - len(new), 0)
 

@@ -48,6 +48,9 @@ def test_easy_and_hard_tasks_are_left_out():
         order.curriculum.record(index, mean)
     assert {index for _, index in taken(order, 40)} == {2, 4, 5, 6, 7}
     assert (order.curriculum.size("easy"), order.curriculum.size("hard")) == (2, 1)
+    assert order.curriculum.figures() == {"curriculum/easy": 2.0, "curriculum/hard": 1.0}
+    assert curriculum(hard=0.0).figures() == {"curriculum/hard": 0.0}
+    assert curriculum().figures() == {}
     order.curriculum.record(3, 0.4)  # it is solved at times now
     assert 3 in {index for _, index in taken(order, 12)}
 
@@ -57,6 +60,13 @@ def test_a_share_of_their_turns_is_kept():
     order.curriculum.record(0, 1.0)
     counts = collections.Counter(index for _, index in taken(order, 3000))
     assert 0.17 < counts[0] / counts[1] < 0.33
+
+
+def test_while_one_is_left_no_other_is_asked():
+    order = TaskOrder(6, 0, curriculum(easy=0.5))
+    for index in range(5):
+        order.curriculum.record(index, 1.0)
+    assert {index for _, index in taken(order, 30)} == {5}
 
 
 def test_where_all_are_put_aside_they_are_asked_all_the_same():

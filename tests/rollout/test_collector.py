@@ -7,11 +7,16 @@ from tiny_run import CHATML, tiny_checkpoint
 
 from jaxrl.data.tokenizer import load_tokenizer
 from jaxrl.data.tool_calls import parse_tool_calls
+from jaxrl.envs.curriculum import Curriculum
 from jaxrl.envs.isolated import Isolated
+from jaxrl.envs.order import TaskOrder
 from jaxrl.envs.protocol import SingleTurn, Task, last_turn
 from jaxrl.options import ConfigError
 from jaxrl.rollout.collector import Collector
+from jaxrl.rollout.generation import InTurns
 from jaxrl.rollout.requests import Completion, Request, Sampling
+from jaxrl.train.advantages import is_flat
+from jaxrl.train.rl_metrics import failures
 
 
 class Asks:
@@ -26,6 +31,8 @@ class Asks:
     def reply(self, task, messages):
         if "broken" in last_turn(messages):
             raise OSError("no reply")
+        if "odd" in last_turn(messages):
+            return [{}]
         if "done" in last_turn(messages):
             return []
         return [{"role": "user", "content": "more?"}]
@@ -62,9 +69,15 @@ class Script:
         self.open += completions
         return Request(len(self.prompts), prompt, sampling, completions)
 
+    def set_weights(self, weights, version):
+        del weights, version
+
     def step(self):
         completion = self.open.pop(0)
         line = next(self.lines)
+        if line == "given up":
+            completion.finish, completion.failure = "abort", "nobody answers"
+            return
         cut = line.endswith("...")
         tokens = self.hf(line.removesuffix("..."), add_special_tokens=False).input_ids
         completion.tokens += tokens if cut else [*tokens, self.stop]
@@ -167,6 +180,12 @@ def test_a_turn_that_is_cut_off_is_scored_as_it_is(tokenizer, isolated):
     assert tokenizer.hf.decode(rollout.tokens).endswith("assistant\nfirst")
 
 
+def test_a_turn_that_is_given_up_is_a_failure(tokenizer, isolated):
+    (group,), made, _ = collected(tokenizer, isolated, "x", "given up", "done", group_size=2)
+    assert [r.failure for r in group.rollouts] == [None, "turn: nobody answers"]
+    assert [r.reward for r in group.rollouts] == [2.0, None] and not made.in_flight
+
+
 def test_of_a_single_turn_no_reply_is_asked_for(tokenizer, isolated):
     (group,), _, _ = collected(tokenizer, isolated, "first", environment=Once())
     assert group.rollouts[0].reward == 1.0
@@ -199,6 +218,10 @@ def test_a_prompt_that_is_too_long_and_a_reply_that_fails_are_failures(tokenizer
     assert "a rollout at most 20; shorten it" in group.rollouts[0].failure
     (group,), _, _ = collected(tokenizer, isolated, "broken")
     assert group.rollouts[0].failure == "reply: OSError: no reply"
+    (group,), _, _ = collected(tokenizer, isolated, "odd")
+    (rollout,) = group.rollouts
+    assert rollout.failure == "reply: ValueError: message 0 has the role None, no text"
+    assert [m["role"] for m in rollout.messages] == ["user", "assistant"]
 
 
 def test_a_conversation_that_the_template_refuses_is_a_failure(tokenizer, isolated):
@@ -208,3 +231,57 @@ def test_a_conversation_that_the_template_refuses_is_a_failure(tokenizer, isolat
 
     (group,), _, _ = collected(tokenizer, isolated, environment=Odd())
     assert group.rollouts[0].failure.startswith("prompt: the chat template refuses the messages: ")
+
+
+class Partly(Asks):
+    """Tasks of which some cannot be had: 2 raises, 3 is none, 4 is too long, 5 is no text."""
+
+    def __len__(self):
+        return 8
+
+    def task(self, index):
+        if index == 2:
+            raise OSError("no data")
+        content = {4: "long " * 99, 5: None}.get(index, "go")
+        return None if index == 3 else Task(str(index), ({"role": "user", "content": content},))
+
+
+def rounds(tokenizer, isolated, lines, environment, order, count):
+    """Groups of two as a trainer gets them, in turns; the curriculum is told of their rewards."""
+    options = {"group_size": 2, "sampling": Sampling(), "max_len": 400}
+    engine = Script(tokenizer, *lines)
+    collector = Collector(engine, environment, isolated, tokenizer, **options)
+    generation, groups = InTurns(collector, environment, order), []
+    while len(groups) < count:
+        for group in generation.take(1):
+            groups.append(group)
+            if group.rewards:
+                generation.record(group.number, sum(group.rewards) / len(group.rewards))
+    return groups, generation
+
+
+def test_tasks_that_cannot_be_asked_are_counted_by_what_failed(tokenizer, isolated):
+    lines = ["done"] * 8
+    groups, generation = rounds(tokenizer, isolated, lines, Partly(), TaskOrder(8, 0), 8)
+    assert failures(groups) == {"task": 6, "prompt": 2}  # of groups of two
+    reasons = {r.task.id: r.failure for group in groups for r in group.rollouts if r.failure}
+    assert reasons.pop("4").startswith("prompt: it has ")
+    assert reasons == {
+        "task 2": "task: OSError: no data",
+        "task 3": "task: TypeError: it is None, no Task",
+        "task 5": "task: ValueError: message 0 has the content None, no text",
+    }
+    assert sum(len(group.scored) for group in groups) == 8
+    assert generation.place()["again"] == []
+
+
+def test_rewards_that_are_equal_are_a_flat_group_and_put_their_task_aside(tokenizer, isolated):
+    # Two rollouts of each, of a turn each; of the later tasks one has two.
+    lines = ["done"] * 4 + ["done", "x", "done"] * 20
+    order = TaskOrder(4, 0, Curriculum(0, hard=1.0))
+    groups, generation = rounds(tokenizer, isolated, lines, Asks(), order, 12)
+    assert [is_flat(group.rewards) for group in groups] == [True] * 2 + [False] * 10
+    asked = [group.rollouts[0].task.id for group in groups]
+    aside = set(asked[:2])
+    assert len(aside) == 2 and aside.isdisjoint(asked[2:])
+    assert generation.curriculum_figures() == {"curriculum/hard": 2.0}

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from jaxrl.envs.curriculum import Curriculum
 from jaxrl.envs.order import TaskOrder
 from jaxrl.envs.protocol import Task
 from jaxrl.rollout.generation import InTurns, Overlapped
@@ -11,10 +12,17 @@ from jaxrl.rollout.rollouts import Group, Rollout
 
 
 class Tasks:
+    """fails: indices of tasks that raise."""
+
+    def __init__(self, fails=()):
+        self.fails = fails
+
     def __len__(self):
         return 100
 
     def task(self, index):
+        if index in self.fails:
+            raise OSError("no data")
         return Task(str(index), ())
 
 
@@ -41,6 +49,9 @@ class Collector:
         else:
             self.in_flight[number] = group
         self.most = max(self.most, len(self.in_flight))
+
+    def refuse(self, number, task, failure):
+        self.done.append(Group(number, [Rollout(task, failure=failure)]))
 
     def poll(self):
         assert self.polling.acquire(blocking=False), "two threads poll"
@@ -104,8 +115,51 @@ def test_beside_the_trainer_so_many_are_ahead_and_the_newest_weights_draw():
     assert not generation._thread.is_alive()
 
 
+def made(overlaps, *args):
+    return Overlapped(*args, ahead=5) if overlaps else InTurns(*args)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_task_that_raises_is_a_failed_group_and_the_others_go_on(overlaps):
+    with made(
+        overlaps, Collector(), Tasks(fails=range(0, 100, 2)), TaskOrder(100, 0)
+    ) as generation:
+        generation.set_weights("a", 0)
+        groups = some(generation, 40)
+        begun = generation.place()
+    failed = {g.number for g in groups if g.rollouts[0].failure == "task: OSError: no data"}
+    assert failed == {g.number for g in groups if generation.order.index(g.number) % 2 == 0}
+    assert all(g.rollouts[0].versions == [0] for g in groups if g.number not in failed)
+    assert 0 < len(failed) < len(groups) == begun["next"] - len(begun["again"])
+
+
+def test_tasks_that_are_put_aside_are_counted():
+    order = TaskOrder(100, 0, Curriculum(0, easy=0.9, hard=0.0))
+    generation = InTurns(Collector(), Tasks(), order)
+    generation.set_weights("w", 0)
+    for group in some(generation, 6):
+        generation.record(group.number, [1.0, 0.5, 0.0][group.number % 3])
+    assert generation.curriculum_figures() == {"curriculum/easy": 2.0, "curriculum/hard": 2.0}
+
+
 def test_a_thread_that_fails_fails_the_run():
     with Overlapped(Collector(), Tasks(), TaskOrder(100, 0), ahead=2) as generation:
         generation.set_weights("a", 0)
         with pytest.raises(OSError, match="broken"):
             some(generation, 80)
+
+
+def test_beside_the_trainer_no_more_is_handed_out_than_is_wanted():
+    """What arrived with it is not lost, and begins again where the run ends before it is taken."""
+    collector = Collector(refuses=range(3))  # a poll finishes these three and another
+    with Overlapped(collector, Tasks(), TaskOrder(100, 0), ahead=4) as generation:
+        generation.set_weights("a", 0)
+        found = []
+        while len(found) < 2:
+            taken = generation.take(2 - len(found))
+            assert len(taken) <= 2 - len(found)
+            found += taken
+        with generation.paused():
+            again = generation.place()["again"]
+        assert {g.number for g in found} == {0, 1} and 2 in again and not {0, 1} & set(again)
+        assert [g.number for g in some(generation, 1)] == [2]

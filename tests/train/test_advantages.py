@@ -48,6 +48,6 @@ def test_unequal_rewards_are_not_flat():
 
 
 def test_length_penalty():
-    found = length_penalty([0, 80, 85, 90, 100, 120], limit=100, margin=20)
+    found = length_penalty([0, 80, 85, 90, 100, 120], [100] * 6, margin=20)
     np.testing.assert_allclose(found, [0, 0, 0.25, 0.5, 1, 1])
-    assert not length_penalty([5, 500], limit=100, margin=0).any()
+    np.testing.assert_allclose(length_penalty([5, 10, 0], [100, 10, 8], margin=20), [0, 1, 0])

@@ -1,5 +1,6 @@
 """`jaxrl.rl`, from a checkpoint and tasks to a checkpoint: learns, resumes, survives what fails."""
 
+import collections
 import contextlib
 import json
 import os
@@ -8,11 +9,14 @@ import signal
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import metrics, tiny_checkpoint
 
+from jaxrl.cli import HostLostError
 from jaxrl.envs.protocol import SingleTurn, Task, last_turn
 from jaxrl.options import ConfigError
 from jaxrl.rl import main
+from jaxrl.train import rl as train_rl
 from jaxrl.train.checkpoint import Checkpoints
 
 CONFIG = """
@@ -53,7 +57,7 @@ class Letters(SingleTurn):
             self.happens()
         if self.fails == "all" or (self.fails == "some" and sum(map(ord, said)) % 3 == 0):
             raise OSError("no reward")
-        if self.fails == "flat":
+        if self.fails == "equal" or (self.fails == "flat" and not task.id.endswith("0")):
             return 0.5
         return sum(c.islower() and c.isascii() for c in said) / 8
 
@@ -121,6 +125,8 @@ def test_writes_a_line_per_step_and_every_rollout(whole):
 def test_a_resumed_run_takes_every_task_once(model, whole, tmp_path):
     assert rl(model, tmp_path / "run", "max_steps=2", "profile=2:2") == 0
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+    with (tmp_path / "run/rollouts.jsonl").open("a") as file:
+        file.write('{"step": 3, "group": 9}\n{"step": 3, "gro')  # killed in the step that follows
     assert rl(model, tmp_path / "run") == 0
 
     def groups(output):
@@ -193,6 +199,81 @@ def test_rollouts_that_fail_are_counted_and_the_others_trained(model, tmp_path):
     (line,) = metrics(tmp_path / "run")[-1:]
     assert 0 < line["failed"] < 1 and line["total/failed_reward"] > 0
     assert line["rollouts_trained"] < 16
+
+
+def test_waits_for_rewards_that_differ(model, tmp_path, capsys):
+    flags = (
+        'env.options={"fails": "flat", "count": 100}',
+        "max_steps=1",
+        "tensorboard=True",
+        "eval.tasks=0",
+    )
+    assert rl(model, tmp_path / "run", *flags) == 0
+    (line,) = metrics(tmp_path / "run")
+    assert line["groups_trained"] == 4 and line["total/groups_flat"] > 20
+    assert line["groups_flat"] == line["total/groups_flat"] / line["total/groups"]
+    assert "groups have rewards that differ; waiting for more" in capsys.readouterr().out
+    drawn = [json.loads(line) for line in (tmp_path / "run/rollouts.jsonl").open()]
+    assert len(drawn) == line["total/rollouts"] and all(r["messages"] for r in drawn)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    text = events.Tensors("rollouts/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.count("**user**: write ") == text.count("**assistant**:") == 2
+
+
+def test_longer_turns_are_worth_less(model, tmp_path):
+    penalty = ("algorithm.length_penalty=1.0", "algorithm.length_margin=8")
+    flags = ('env.options={"fails": "equal"}', *penalty, "max_steps=4", "eval.tasks=0")
+    assert rl(model, tmp_path / "run", *flags, "checkpoint.every=0") == 0
+    lines = metrics(tmp_path / "run")
+    assert all(line["reward_std"] == 0 and line["groups_trained"] == 4 for line in lines)
+    assert lines[-1]["length_mean"] < lines[0]["length_mean"]
+
+
+def test_easy_tasks_are_put_aside(model, tmp_path):
+    easy = ("curriculum.use=easy", "curriculum.easy=0.5", "algorithm.keep_flat=True")
+    flags = ('env.options={"fails": "flat", "count": 6}', "max_steps=3", "eval.tasks=0")
+    assert rl(model, tmp_path / "run", *easy, *flags, "optimizer.learning_rate=1e-6") == 0
+    drawn = [json.loads(line) for line in (tmp_path / "run/rollouts.jsonl").open()]
+    tasks = collections.Counter({r["group"]: r["task"] for r in drawn}.values())
+    assert tasks.pop("0/0") >= 5 and max(tasks.values()) <= 2  # each is asked twice without it
+
+
+def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_next_run(
+    model, tmp_path, monkeypatch
+):
+    update = train_rl.update
+
+    def told(run, state, version):
+        update(run, state, version)
+        if version == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rl, "update", told)
+        assert rl(model, tmp_path / "run", "max_steps=2") == 0
+    assert "eval/reward_mean" not in metrics(tmp_path / "run")[-1]
+    assert rl(model, tmp_path / "run", "max_steps=2") == 0
+    lines = metrics(tmp_path / "run")
+    assert [(x["step"], "eval/reward_mean" in x) for x in lines[1:]] == [
+        (1, False),
+        (2, False),
+        (2, True),
+    ]
+
+
+def test_what_was_learned_is_saved_where_no_more_rollouts_can_be_had(model, tmp_path, monkeypatch):
+    gather = train_rl.gather
+
+    def lost(run, step, stop):
+        if step == 2:
+            raise HostLostError("none of the rollout workers answers")
+        return gather(run, step, stop)
+
+    monkeypatch.setattr(train_rl, "gather", lost)
+    with pytest.raises(HostLostError):
+        rl(model, tmp_path / "run", "checkpoint.every=0")
+    with Checkpoints(tmp_path / "run/checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2]
 
 
 def test_where_every_rollout_fails_the_run_says_why_and_ends(model, tmp_path):

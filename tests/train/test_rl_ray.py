@@ -1,9 +1,11 @@
 """`jaxrl.rl` with rollouts of Ray's actors: the same run; one that is killed; none at all."""
 
+import asyncio
 import os
 import pathlib
 import signal
 import threading
+import types
 
 import jax
 import pytest
@@ -16,9 +18,9 @@ from jaxrl.options import ConfigError
 from jaxrl.rollout import ray_workers as module
 from jaxrl.rollout import workers
 from jaxrl.rollout.handover import Handover
-from jaxrl.rollout.ray_workers import ray_workers
+from jaxrl.rollout.ray_workers import EngineActor, RayWorker, ray_workers
 from jaxrl.rollout.requests import Sampling
-from jaxrl.rollout.workers import WorkerPool
+from jaxrl.rollout.workers import WorkerLost, WorkerPool
 from jaxrl.serve_config import EngineConfig, ServeConfig
 
 pytestmark = pytest.mark.slow
@@ -75,6 +77,38 @@ def test_an_actor_that_is_killed_is_replaced_and_its_requests_go_to_others(
         one, other = (pool._run(a.complete([1, 2, 3], how)).result() for a in actors)
         assert one == other  # of the newest weights, which it was told when it came back
         assert one[0].tokens != requests[0].completions[0].tokens
+
+
+def test_an_actor_that_was_started_again_is_a_lost_worker():
+    """As Ray does while nothing is asked of it: nobody hears of it but by its version."""
+    from ray.exceptions import RayTaskError
+
+    class Method:
+        def __init__(self, call):
+            self.call = call
+
+        async def remote(self, *args):
+            try:
+                return await self.call(*args)
+            except WorkerLost as error:
+                raise RayTaskError("complete", "", error) from None
+
+    async def update(folder, version):
+        del folder, version
+
+    engine = types.SimpleNamespace(version=0)
+    inner = EngineActor.__new__(EngineActor)
+    service = types.SimpleNamespace(alive=True, engine=engine)
+    inner._served = types.SimpleNamespace(service=service)
+    actor = types.SimpleNamespace(complete=Method(inner.complete), update=Method(update))
+
+    async def calls():
+        worker = RayWorker("ray-0", actor)
+        await worker.update(pathlib.Path("/w"), 3)
+        await worker.complete([1], Sampling())
+
+    with pytest.raises(WorkerLost, match=r"^it draws with weights 0 where it was given 3"):
+        asyncio.run(calls())
 
 
 def test_what_cannot_be_started_is_told_in_a_line(model, tmp_path, monkeypatch):
