@@ -6,12 +6,14 @@ python -m jaxrl.serve --config=configs/serve.py --config.model=FOLDER --config.s
 /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics (Prometheus), and POST
 /update_weights_from_disk, which goes on with the weights in another folder. Listens on this host
 alone unless config.server.host says otherwise, and then only with a key (JAXRL_API_KEY). Needs
-`pip install "jaxrl[serve]"`. SIGTERM and Ctrl-C end it. Exit code: 0 ended, 2 bad input.
+`pip install "jaxrl[serve]"`. SIGTERM and Ctrl-C end it. Exit code: 0 ended, 1 the engine
+failed, 2 bad input.
 """
 
 import contextlib
 import importlib.util
 import socket
+import sys
 from collections.abc import Sequence
 
 from jaxrl import cli
@@ -25,20 +27,18 @@ def main(argv: Sequence[str]) -> int:
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f'{package} is not installed: pip install "jaxrl[serve]"')
-    import uvicorn
-
-    from jaxrl.serving.app import make_app
+    from jaxrl.serving.app import make_server
     from jaxrl.serving.start import started
 
     with listening(config.server.host, config.server.port) as sock, started(config) as served:
         host, port = sock.getsockname()[:2]
         print(f"{served.name} at http://{host}:{port}/v1", flush=True)
-        settings = uvicorn.Config(
-            make_app(served), log_level="warning", timeout_graceful_shutdown=5
-        )
         with contextlib.suppress(KeyboardInterrupt):  # raised again when all is shut down
-            uvicorn.Server(settings).run(sockets=[sock])
-    return 0
+            make_server(served).run(sockets=[sock])
+    if served.service.failure is None:
+        return 0
+    print(f"error: {served.service.failure}", file=sys.stderr)
+    return 1
 
 
 def listening(host: str, port: int) -> socket.socket:

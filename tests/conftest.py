@@ -7,6 +7,8 @@ tests/validation.py.
 
 import datetime
 import os
+import shutil
+import tempfile
 
 # Tests compile far more than they compute: leave LLVM's expensive passes out.
 os.environ["XLA_FLAGS"] = (
@@ -26,6 +28,7 @@ from jaxrl._platform import has_nvidia_gpu
 from validation import Validation
 
 VALIDATION = Validation()
+COMPILED: list[str] = []  # the folder of compiled programs, in the process that made it
 
 
 def on_gpu(config: pytest.Config) -> bool:
@@ -39,6 +42,19 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
+    # Many tests run the same programs: compiled by one, they are read by the others, and by the
+    # processes that those start.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        COMPILED.append(tempfile.mkdtemp(prefix="jaxrl_compiled_"))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED[0]
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    for folder in COMPILED:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:

@@ -25,7 +25,7 @@ from jaxrl.rollout.sampling import Choice
 from jaxrl.rollout.text import TextStream
 from jaxrl.serve_config import EngineConfig
 
-STOPS = 8  # stop tokens that a sequence has room for before another shape is compiled
+STOPS = 8  # stop tokens that the device ends a sequence at; the host sees the others a round later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,9 @@ class _Sequence:
     request: Request
     completion: Completion
     seed: int
+    top_k: int
     stop: frozenset[int]
+    stop_first: Sequence[int]  # those that the device ends it at
     limit: int  # of drawn tokens
     text: TextStream | None
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -131,6 +133,7 @@ class Engine:
         self.programs, self.limits = programs, limits or EngineLimits()
         self.devices = programs.mesh.size
         self.stop_tokens, self.tokenizer = frozenset(stop_tokens), tokenizer
+        self._vocab_size = programs.model.config.vocab_size
         self.version = 0
         self._weights: Any = None
         self._cache = programs.make_cache(self.limits.pages, self.limits.page)
@@ -167,7 +170,9 @@ class Engine:
     def submit(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Request:
         """Take a request, whose completions fill up while the engine steps.
 
-        Raises ConfigError for a prompt that is empty, or too long to draw one token behind it.
+        Raises ConfigError for a prompt that is empty, or too long to draw one token behind it, and
+        for tokens that the model has not: what is in the arrays of a step is checked here, so that
+        no request ends those of others.
         """
         sampling = sampling or Sampling()
         room = self.limits.max_len - len(prompt)
@@ -180,15 +185,21 @@ class Engine:
             )
         if sampling.stop and self.tokenizer is None:
             raise ConfigError("stop needs a tokenizer, which this engine has not; use stop_tokens")
+        self._check_tokens("the prompt has token", prompt)
+        self._check_tokens("stop_tokens has", sampling.stop_tokens)
         limit = min(sampling.max_tokens or room, room)
         completions = [Completion(index) for index in range(sampling.n)]
         request = Request(next(self._ids), tuple(prompt), sampling, completions)
         stop = frozenset(sampling.stop_tokens)
         stop |= frozenset() if sampling.ignore_eos else self.stop_tokens
-        seeds = _seeds(sampling, self._seeds)
+        # A top_k above the vocabulary's size takes all, as 0 does.
+        top_k = sampling.top_k if sampling.top_k < self._vocab_size else 0
+        seeds, stop_first = _seeds(sampling, self._seeds), sorted(stop)[:STOPS]
         for completion, seed in zip(completions, seeds, strict=True):
             text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer else None
-            self._waiting.append(_Sequence(request, completion, seed, stop, limit, text))
+            self._waiting.append(
+                _Sequence(request, completion, seed, top_k, stop, stop_first, limit, text)
+            )
         return request
 
     def abort(self, request: Request) -> None:
@@ -231,6 +242,10 @@ class Engine:
         while not all(request.finished for request in requests):
             self.step()
         return requests
+
+    def _check_tokens(self, what: str, tokens: Sequence[int]) -> None:
+        for token in (t for t in tokens if not 0 <= t < self._vocab_size):
+            raise ConfigError(f"{what} {token}; the model's are 0 to {self._vocab_size - 1}")
 
     # Who runs.
 
@@ -360,8 +375,6 @@ class Engine:
         return self._decode(rows, _least(self.limits.widths, used))
 
     def _decode(self, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        stops = max((len(s.stop) for running in self._running for s in running), default=0)
-
         def each(value, dtype, *more: int, empty=0):
             array = np.full((self.devices, rows, *more), empty, dtype)
             for device, running in enumerate(self._running):
@@ -377,10 +390,10 @@ class Engine:
             table=each(lambda s: s.pages, i32, width, empty=NOBODYS),
             drawn=each(lambda s: len(s.completion.tokens), i32),
             left=each(lambda s: min(s.left, self.limits.steps), i32),
-            stop=each(lambda s: sorted(s.stop), i32, _bucket(max(stops, STOPS)), empty=-1),
+            stop=each(lambda s: s.stop_first, i32, STOPS, empty=-1),
             choice=Choice(
                 temperature=each(lambda s: s.request.sampling.temperature, f32, empty=1),
-                top_k=each(lambda s: s.request.sampling.top_k, i32),
+                top_k=each(lambda s: s.top_k, i32),
                 top_p=each(lambda s: s.request.sampling.top_p, f32, empty=1),
                 min_p=each(lambda s: s.request.sampling.min_p, f32),
                 seed=each(lambda s: s.seed, i32),
@@ -468,11 +481,6 @@ def _falling(most: int, factor: int) -> list[int]:
 def _least(choices: Sequence[int], count: int) -> int:
     """The least of the rising choices that is enough."""
     return next(choice for choice in choices if choice >= count)
-
-
-def _bucket(count: int) -> int:
-    """The next power of two."""
-    return 1 << max(count - 1, 0).bit_length()
 
 
 def _seeds(sampling: Sampling, entropy: np.random.SeedSequence) -> list[int]:

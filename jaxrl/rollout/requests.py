@@ -13,8 +13,8 @@ class Sampling:
 
     n: so many completions. max_tokens: of each (0: as many as the context takes). stop: texts that
     end a completion, and are no part of its text; stop_tokens: tokens that do, beside those of the
-    engine unless `ignore_eos`. seed: the same seed draws the same tokens, whatever else is sampled
-    beside them; None: a new one. temperature to min_p: see `sampling.Choice`.
+    engine unless `ignore_eos`. seed: 0 and more; the same seed draws the same tokens, whatever else
+    is sampled beside them; None: a new one. temperature to min_p: see `sampling.Choice`.
     """
 
     n: int = 1
@@ -44,6 +44,8 @@ class Sampling:
             refuse("top_p", "more than 0, up to 1")
         if not 0 <= self.min_p <= 1:
             refuse("min_p", "0 to 1")
+        if self.seed is not None and self.seed < 0:
+            refuse("seed", "0 and more")
         if "" in self.stop:
             raise ConfigError("stop has an empty text, which would end everything; leave it out")
 
@@ -55,7 +57,7 @@ class Completion:
     logprobs: of each token, as `sampling.sample` gives them. versions: of the weights that drew
     each. finish: "stop", "length" or "abort"; None while it goes on. text: what the tokens say, up
     to a stop text, "" in an engine without a tokenizer; safe: the first so many characters of it
-    stay, whatever comes.
+    stay, whatever comes. failure: why it was given up, in a line, where it was not by who asked.
     """
 
     index: int
@@ -65,6 +67,7 @@ class Completion:
     text: str = ""
     safe: int = 0
     finish: str | None = None
+    failure: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

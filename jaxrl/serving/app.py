@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import hmac
+import inspect
 import time
 from collections.abc import AsyncIterator, Sequence
 
 import prometheus_client
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -21,7 +23,7 @@ from jaxrl.serve_config import ServerConfig
 from jaxrl.serving.answers import Answers, Choice, event, failure
 from jaxrl.serving.schema import ChatRequest, CompletionRequest, UpdateRequest
 from jaxrl.serving.served import Served
-from jaxrl.serving.service import Busy, Ticket
+from jaxrl.serving.service import Busy, EngineEnded, Ticket
 
 OPEN = ("/health", "/metrics")  # without a key
 
@@ -38,7 +40,8 @@ class Guard:
 
     def refusal(self, request: Request) -> Response | None:
         key = self.options.api_key
-        if key and request.url.path not in OPEN:
+        # Not `request.url`: some versions of Starlette make it of what the client calls the host.
+        if key and request.scope["path"] not in OPEN:
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), key.encode()):
                 return _refused(401, "the API key is missing or wrong", "authentication_error")
@@ -49,6 +52,18 @@ class Guard:
         if "transfer-encoding" in request.headers:  # nobody knows how long it will be
             return _refused(411, "the request says no Content-Length")
         return None
+
+
+def make_server(served: Served) -> uvicorn.Server:
+    """An HTTP server of the app that ends when the engine fails."""
+    settings = uvicorn.Config(make_app(served), log_level="warning", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(settings)
+
+    def end() -> None:
+        server.should_exit = True
+
+    served.service.on_failure = end
+    return server
 
 
 def make_app(served: Served) -> FastAPI:
@@ -76,6 +91,10 @@ def make_app(served: Served) -> FastAPI:
     async def broken(_: Request, error: Exception) -> Response:
         return _refused(500, f"{type(error).__name__}: {error}", "server_error")
 
+    @app.exception_handler(EngineEnded)
+    async def ended(_: Request, error: EngineEnded) -> Response:
+        return _refused(503, str(error), "server_error")
+
     @app.exception_handler(Busy)
     async def busy(_: Request, __: Busy) -> Response:
         most = f"{options.max_waiting} completions wait already; come again"
@@ -83,7 +102,9 @@ def make_app(served: Served) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return Response(status_code=200 if service.alive else 503)
+        if not service.alive:
+            return _refused(503, service.failure or "the server ends", "server_error")
+        return Response(status_code=200)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -129,24 +150,14 @@ async def _answer(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
 ) -> Response:
-    if len(prompts) * sampling.n > served.options.max_n:
-        raise ConfigError(
-            f"{len(prompts)} prompts with n {sampling.n} are more completions than the "
-            f"{served.options.max_n} of a request"
-        )
+    _check_count(served.options, len(prompts), sampling.n)
     if asked.model not in (None, served.name):
         raise HTTPException(404, f"model {asked.model!r} is not served here; use {served.name!r}")
-    for prompt in prompts:
-        for token in (t for t in prompt if not 0 <= t < served.vocab_size):
-            raise ConfigError(f"the prompt has token {token}, and the model {served.vocab_size}")
     deadline = time.monotonic() + served.options.timeout_s
-    tickets: list[Ticket] = []
     try:
-        for prompt in prompts:
-            tickets.append(await served.service.submit(prompt, sampling))
-    except BaseException:
-        _close(tickets)
-        raise
+        tickets = await _submit(served, prompts, sampling)
+    except TimeoutError:
+        return _too_late(served.options)
     answers = Answers(asked, served.name, served.tokenizer.hf)
     choices = [Choice(prompt) for prompt in prompts for _ in range(sampling.n)]
     if asked.stream:
@@ -160,12 +171,41 @@ async def _answer(
             return Response(status_code=499)
         reading.result()
     except TimeoutError:
-        return _refused(504, f"no answer within {served.options.timeout_s:g} s", "timeout_error")
+        return _too_late(served.options)
     finally:
         for task in (reading, leaving):
             task.cancel()
         _close(tickets)
-    return JSONResponse(answers.whole(choices, _usage(choices, sampling.n)))
+    drawn_with = min(ticket.version for ticket in tickets)
+    whole = answers.whole(choices, _usage(choices, sampling.n))
+    return JSONResponse(whole | {"weights_version": drawn_with})
+
+
+def _check_count(options: ServerConfig, prompts: int, n: int) -> None:
+    """Refuse more completions than a request may have, or than may ever wait."""
+    for name in ("max_n", "max_waiting"):
+        most = getattr(options, name)
+        if prompts * n > most:
+            raise ConfigError(
+                f"{prompts} prompts with n {n} are more completions than the {most} of this "
+                f"server's {name}; ask for fewer at once, or start it with a larger "
+                f"--config.server.{name}"
+            )
+
+
+async def _submit(
+    served: Served, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[Ticket]:
+    """Raises TimeoutError where the engine does not take them in time."""
+    tickets: list[Ticket] = []
+    try:
+        async with asyncio.timeout(served.options.timeout_s):
+            for prompt in prompts:
+                tickets.append(await served.service.submit(prompt, sampling))
+    except BaseException:
+        _close(tickets)
+        raise
+    return tickets
 
 
 async def _read(tickets: Sequence[Ticket], choices: Sequence[Choice], deadline: float) -> None:
@@ -218,7 +258,7 @@ async def _stream(
     except TimeoutError:
         yield event(failure("the time of the request is over", "timeout_error"))
     except Exception as error:
-        yield event(failure(f"the engine has ended: {error}", "server_error"))
+        yield event(failure(" ".join(str(error).split()), "server_error"))
     finally:
         _close(tickets)
     yield event("[DONE]")
@@ -249,8 +289,16 @@ def _chat_prompt(tokenizer: Tokenizer, asked: ChatRequest) -> Sequence[int]:
     chat = parse_sample({"messages": asked.messages, "tools": asked.tools})
     assert isinstance(chat, Conversation)
     tools = [dict(tool) for tool in chat.tools or ()] if asked.tool_choice != "none" else []
+    # Variables of the template, and nothing else: not another template, nor another conversation.
+    taken = {"self", "messages", *inspect.signature(tokenizer.hf.apply_chat_template).parameters}
+    for name in asked.chat_template_kwargs.keys() & taken:
+        raise ConfigError(f"chat_template_kwargs has {name!r}, no variable of a chat template")
     text = tokenizer.chat_text(chat.messages, tools, **asked.chat_template_kwargs)
     return tokenizer.hf(text, add_special_tokens=False).input_ids
+
+
+def _too_late(options: ServerConfig) -> JSONResponse:
+    return _refused(504, f"no answer within {options.timeout_s:g} s", "timeout_error")
 
 
 def _refused(

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from jaxrl.options import ConfigError
 from jaxrl.rollout.requests import Sampling
 
+# Every token's text is compared with all of them.
+STOP_TEXTS, STOP_LENGTH = 64, 1024
+
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -55,6 +58,12 @@ class Generation(BaseModel):
                 f"{name} is {getattr(self, name)}, and not offered here; leave it out"
             )
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        longest = max(map(len, stop), default=0)
+        if len(stop) > STOP_TEXTS or longest > STOP_LENGTH:
+            raise ConfigError(
+                f"stop has {len(stop)} texts, the longest of {longest} characters; it may have "
+                f"{STOP_TEXTS} of {STOP_LENGTH}"
+            )
         return Sampling(
             n=self.n,
             max_tokens=max_tokens,
@@ -131,4 +140,4 @@ class UpdateRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model_path: str
-    version: int | None = Field(None, ge=0)
+    version: int | None = Field(None, ge=0, lt=2**53)

@@ -18,7 +18,6 @@ class Served:
     service: Service
     tokenizer: Tokenizer
     name: str
-    vocab_size: int
     max_len: int
     options: ServerConfig
     load: Callable[[str], Any]

@@ -2,10 +2,12 @@
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import queue
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 
@@ -17,6 +19,10 @@ from jaxrl.rollout.requests import Completion, Request, Sampling
 
 class Busy(Exception):
     """As much waits as may."""
+
+
+class EngineEnded(RuntimeError):
+    """The engine draws no more, and why: one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Ticket:
         self.open = len(request.completions)
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """As they come. Raises what ended the engine, if something did."""
+        """As they come. Raises EngineEnded where the engine ends before."""
         left = len(self.request.completions)
         while left:
             delta = await self._deltas.get()
@@ -76,19 +82,27 @@ class Ticket:
             left -= delta.finish is not None
             yield delta
 
+    @property
+    def version(self) -> int:
+        """Of the oldest weights that drew it, once it is finished."""
+        return min(version for c in self.request.completions for version in c.versions)
+
     def close(self) -> None:
         """Nobody waits for it any more."""
         self._service.close_ticket(self)
 
     def tell(self, delta: Delta | BaseException) -> None:
         """From the engine's thread."""
-        self._loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._deltas.put_nowait, delta)
 
 
 class Service:
     """Requests to `engine`, which has weights, from any event loop. Use as a context manager.
 
-    max_waiting: completions that wait for a place beyond which `submit` raises `Busy`.
+    max_waiting: completions that wait for a place beyond which `submit` raises `Busy`. An engine
+    that fails, and not by what one request asks, fails for good: all that is asked raises
+    EngineEnded from then on, `failure` says why, and `on_failure` is called in its thread.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int):
@@ -97,7 +111,10 @@ class Service:
         self._tickets: dict[int, Ticket] = {}  # by the id of each open completion
         self._waiting = 0  # completions that were asked for and are not taken yet
         self._lock = threading.Lock()
-        self._ends, self.failure = False, None
+        self._ends = False
+        self._ended: EngineEnded | None = None
+        self.failure: str | None = None
+        self.on_failure: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def __enter__(self) -> "Service":
@@ -114,7 +131,7 @@ class Service:
         return self._thread.is_alive() and self.failure is None
 
     async def submit(self, prompt: Sequence[int], sampling: Sampling) -> Ticket:
-        """Raises `Busy`, and ConfigError as `Engine.submit` does."""
+        """Raises `Busy`, EngineEnded, and ConfigError as `Engine.submit` does."""
         loop = asyncio.get_running_loop()
         with self._lock:
             waiting = self.engine.counts["waiting"] + self._waiting
@@ -123,32 +140,48 @@ class Service:
                 raise Busy
             self._waiting += sampling.n
 
-        def take() -> Ticket:
+        def taken(_: Future) -> None:
             with self._lock:
                 self._waiting -= sampling.n
+
+        def take() -> Ticket:
             ticket = Ticket(self, self.engine.submit(prompt, sampling), loop)
             self._tickets |= {id(c): ticket for c in ticket.request.completions}
             self.metrics.prompt_tokens.inc(len(prompt))
             return ticket
 
-        return await self.run(take)
+        future = self._ask(take)
+        future.add_done_callback(taken)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:  # nobody waits for it any more
+            future.add_done_callback(_close)
+            raise
 
     async def run[T](self, what: Callable[[], T]) -> T:
-        """What `what` returns, called in the engine's thread between two steps."""
+        """What `what` returns, called in the engine's thread between two steps. Raises EngineEnded
+        where the engine ends before."""
+        return await asyncio.wrap_future(self._ask(what))
+
+    def _ask[T](self, what: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
 
         def answer() -> None:
             if not future.set_running_or_notify_cancel():
                 return
             try:
+                if self._ended is not None:
+                    raise self._ended
                 future.set_result(what())
-            except Exception as error:
+            except BaseException as error:  # a panic of tokenizers is no Exception
                 future.set_exception(error)
 
-        if not self.alive:
-            raise RuntimeError(f"the engine has ended: {self.failure}")
-        self._asked.put(answer)
-        return await asyncio.wrap_future(future)
+        with self._lock:  # either before the engine ends, which answers it, or not at all
+            if self._ended is None:
+                self._asked.put(answer)
+                return future
+        answer()
+        return future
 
     def close_ticket(self, ticket: Ticket) -> None:
         self._asked.put(lambda: self._end(ticket))
@@ -163,10 +196,22 @@ class Service:
                     self._tell(self.engine.step())
                 self._count()
         except BaseException as error:
-            self.failure = error
-            for ticket in set(self._tickets.values()):
-                ticket.tell(error)
-            raise
+            traceback.print_exception(error)
+            line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self.failure = f"the engine has failed, and the server ends: {line}"
+            self._end_all(self.failure)
+            self.on_failure()
+        else:
+            self._end_all("the server ends")
+
+    def _end_all(self, why: str) -> None:
+        """Answer what is asked and what is drawn, with no more to come."""
+        ended = EngineEnded(why)
+        with self._lock:
+            self._ended = ended
+        self._answer(wait=False)
+        for ticket in set(self._tickets.values()):
+            ticket.tell(ended)
 
     def _answer(self, *, wait: bool) -> None:
         if wait:
@@ -182,7 +227,7 @@ class Service:
         metrics.version.set(self.engine.version)
 
     def _end(self, ticket: Ticket) -> None:
-        if not ticket.request.finished:
+        if self._ended is None and not ticket.request.finished:
             self.engine.abort(ticket.request)
             self._tell(c for c in ticket.request.completions if id(c) in self._tickets)
 
@@ -208,6 +253,11 @@ class Service:
             ticket.tell(delta)
         for finish, count in ended.items():
             self.metrics.finished.labels(finish).inc(count)
+
+
+def _close(future: Future[Ticket]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().close()
 
 
 def _delta(completion: Completion, tokens: int, characters: int) -> Delta:

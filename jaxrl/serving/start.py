@@ -17,6 +17,7 @@ from jaxrl.models.hf_config import CheckpointError, read_config
 from jaxrl.models.lora import LoraConfig, add_lora
 from jaxrl.models.params import nest, specs
 from jaxrl.models.peft import CONFIG as ADAPTER
+from jaxrl.models.peft import WEIGHTS as ADAPTER_WEIGHTS
 from jaxrl.models.peft import load_adapter
 from jaxrl.models.transformer import Transformer, merge_trees
 from jaxrl.options import ConfigError
@@ -61,13 +62,20 @@ class Weights:
 
     def load(self, path: str) -> Any:
         """Of a folder: a model's, or where the server has adapters a PEFT folder. Raises
-        ConfigError for what is neither, or not of this model."""
-        folder = Path(path)
+        ConfigError for what is neither, or not whole, or not of this model."""
+        try:
+            return self._load(Path(path))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+
+    def _load(self, folder: Path) -> Any:
         if (folder / ADAPTER).is_file():
             if self._adapted is None:
                 raise ConfigError(
                     f"{folder} is an adapter; start the server with --config.lora_rank=RANK"
                 )
+            if not (folder / ADAPTER_WEIGHTS).is_file():
+                raise ConfigError(f"{folder} has {ADAPTER} and no {ADAPTER_WEIGHTS}")
             self._adapted = load_adapter(self._adapted, folder)
             return _values(self._adapted)
         if self._adapted is not None:
@@ -119,7 +127,6 @@ def started(config: ServeConfig) -> Iterator[Served]:
             service,
             tokenizer,
             config.server.model_name or folder.resolve().name,
-            model.config.vocab_size,
             options.max_len,
             dataclasses.replace(config.server, api_key=key),
             weights.load,

@@ -45,7 +45,7 @@ _KINDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def is_flat(rewards: Sequence[float]) -> bool:
+def is_flat(rewards: Sequence[float] | Rewards) -> bool:
     """Whether a group teaches nothing: all of its advantages are 0."""
     return bool(np.ptp(np.asarray(rewards, np.float64)) <= 1e-9)
 

@@ -1,5 +1,6 @@
 """The engine against the model run on the whole text: tokens, log-probs, and who runs when."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,11 +12,12 @@ from tiny import TINY, TINY_GLM, TINY_MOE, tiny_program, tiny_state
 
 from jaxrl.models.transformer import merge_trees
 from jaxrl.options import ConfigError
-from jaxrl.rollout.engine import Engine, EngineLimits
+from jaxrl.rollout.engine import STOPS, Engine, EngineLimits
 from jaxrl.rollout.programs import Programs
 from jaxrl.rollout.requests import Sampling
 
 LIMITS = EngineLimits(slots=4, max_len=64, page=4, steps=3, prefill_tokens=32)
+LAST = TINY.vocab_size - 1
 GREEDY = Sampling(max_tokens=12, temperature=0)
 CASES = {
     "dense": {},
@@ -206,9 +208,31 @@ def test_stop_tokens_end_a_completion_and_are_part_of_it():
     options = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
     (further,) = made.generate([[3, 4]], Sampling(**options))[0].completions
     assert (further.tokens, further.finish) == (free, "length")
-    sampling = Sampling(**options, stop_tokens=(free[2], 10**6))
+    sampling = Sampling(**options, stop_tokens=(free[2],))
     (other,) = made.generate([[3, 4]], sampling)[0].completions
     assert other.tokens == free[: free.index(free[2]) + 1]
+
+
+def test_any_number_of_stop_tokens_ends_a_completion_and_none_compiles_anew():
+    made, drawn = engine(), Sampling(max_tokens=12, seed=4)
+    free = made.generate([[3, 4]], drawn)[0].completions[0].tokens
+    before = dict(made.programs.traced)
+    last = max(free)  # behind all that the device is told of
+    others = [t for t in range(last) if t not in free][: 2 * STOPS]
+    assert len(others) == 2 * STOPS
+    sampling = dataclasses.replace(drawn, stop_tokens=(*others, last))
+    (stopped,) = made.generate([[3, 4]], sampling)[0].completions
+    assert (stopped.tokens, stopped.finish) == (free[: free.index(last) + 1], "stop")
+    assert dict(made.programs.traced) == before
+    assert made.counts["free_pages"] == LIMITS.pages - 1
+
+
+def test_numbers_of_any_size_are_taken():
+    made = engine()
+    huge = Sampling(max_tokens=10**30, top_k=5 * 10**9, seed=10**30, temperature=1.3)
+    first, again = (made.generate([[3, 4]], huge)[0].completions[0].tokens for _ in range(2))
+    whole = dataclasses.replace(huge, top_k=0)
+    assert first == again == made.generate([[3, 4]], whole)[0].completions[0].tokens
 
 
 def test_a_completion_ends_where_the_context_does():
@@ -256,6 +280,11 @@ def test_tokens_carry_the_version_of_the_weights_that_drew_them():
         ([1], {"top_p": 0.0}, "top_p is 0.0; it takes more than 0"),
         ([1], {"min_p": 2.0}, "min_p is 2.0; it takes 0 to 1"),
         ([1], {"top_k": -1}, "top_k is -1"),
+        ([1], {"seed": -1}, "seed is -1; it takes 0 and more"),
+        ([1, 10**10], {}, f"the prompt has token 10000000000; the model's are 0 to {LAST}"),
+        ([-1], {}, f"the prompt has token -1; the model's are 0 to {LAST}"),
+        ([1], {"stop_tokens": (2, LAST + 1)}, f"stop_tokens has {LAST + 1}; the model's are 0 to"),
+        ([1], {"stop_tokens": (-(10**10),)}, "stop_tokens has -10000000000; the model's are 0 to"),
         ([1], {"max_tokens": -1}, "max_tokens is -1"),
         ([1], {"stop": ("",)}, "stop has an empty text"),
     ],

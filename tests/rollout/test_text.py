@@ -1,7 +1,10 @@
 """Text as its tokens come, and the stop texts that end it."""
 
+from types import SimpleNamespace
+
 import pytest
 from tiny_run import tiny_checkpoint
+from tokenizers import Tokenizer, decoders, models
 
 from jaxrl.data.tokenizer import load_tokenizer
 from jaxrl.rollout.text import TextStream
@@ -38,3 +41,38 @@ def test_what_may_begin_a_stop_text_is_not_safe_yet(hf):
         safe.append(stream.text[: stream.safe])
     assert safe == ["a", "a", "a", "a", "a<en", "a<en", "a<en", "a<en"]
     assert TextStream(hf).safe == 0
+
+
+def byte_fallback(*words):
+    """A tokenizer like Llama 2's: these tokens, and behind them one of each byte."""
+    names = [*words, *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(
+        models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True)
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return SimpleNamespace(backend_tokenizer=backend)
+
+
+def test_bytes_that_make_no_character_end_nothing():
+    hf, euro = byte_fallback("▁x", "▁y"), [2 + byte for byte in "€".encode()]
+    tokens, (stream, said) = [*euro, 2 + 0xFF, 0, 1, *euro, 0], (TextStream(hf, ("<end>",)), [])
+    for token in tokens:
+        assert not stream.add(token)
+        said.append(stream.text)
+    x = "€\ufffd x"
+    assert said == ["", "", "€", "€", x, f"{x} y", f"{x} y", f"{x} y", f"{x} y€", f"{x} y€ x"]
+    # Known all at once, they make those before them none either.
+    assert hf.backend_tokenizer.decode(tokens).startswith("\ufffd" * 4)
+
+
+def test_a_stop_text_is_found_in_what_a_new_stream_says():
+    stream = TextStream(byte_fallback("▁x"), ("\ufffd x",))
+    stops = [stream.add(token) for token in [1 + 0xC3, 1 + 0xA9, 1 + 0xFF, 0]]
+    assert (stops, stream.text) == ([False, False, False, True], "é")

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 
 import httpx
 import openai
-import uvicorn
 
 from jaxrl.options import from_config
 from jaxrl.serve import listening
 from jaxrl.serve_config import ServeConfig
-from jaxrl.serving.app import make_app
+from jaxrl.serving.app import make_server
 from jaxrl.serving.served import Served
 from jaxrl.serving.start import started
 
@@ -39,8 +38,7 @@ def local_server(model, *, server=None, engine=None, **options) -> Iterator[Loca
     tree = {"model": str(model), "server": server or {}, "engine": ENGINE | (engine or {})}
     config = from_config(ServeConfig, tree | options)
     with listening("127.0.0.1", 0) as sock, started(config) as served:
-        settings = uvicorn.Config(make_app(served), log_level="warning")
-        running = uvicorn.Server(settings)
+        running = make_server(served)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
         yield Local(served, f"http://127.0.0.1:{sock.getsockname()[1]}")

@@ -1,17 +1,29 @@
 """The server as OpenAI's own client sees it, and what it refuses."""
 
 import json
+import shutil
 import threading
 
 import httpx
+import jax
 import numpy as np
 import openai
 import pytest
 from local_server import local_server
+from safetensors.numpy import load_file, save_file
+from starlette.requests import Request
 from tiny_run import CHATML, tiny_checkpoint
 
 from jaxrl.data.tokenizer import load_tokenizer
+from jaxrl.models.hf_config import read_config
+from jaxrl.models.lora import LoraConfig, add_lora
+from jaxrl.models.peft import save_adapter
+from jaxrl.models.transformer import Transformer, initialize
 from jaxrl.options import ConfigError
+from jaxrl.rollout.engine import Engine
+from jaxrl.serve_config import ServerConfig
+from jaxrl.serving import start
+from jaxrl.serving.app import Guard
 
 TOOLS = [
     {
@@ -92,6 +104,7 @@ def test_a_chat_is_its_templates_prompt_completed(server, hf):
 def test_a_stream_says_the_same_in_parts(server, kind):
     client = server.openai
     asked = {"model": "tiny", "max_tokens": 20, "seed": 5, "n": 2}
+    asked |= {"extra_body": {"return_token_ids": True}}
     if kind == "chat":
         create = client.chat.completions.create
         asked |= {"messages": [{"role": "user", "content": "hi"}], "logprobs": True}
@@ -99,11 +112,14 @@ def test_a_stream_says_the_same_in_parts(server, kind):
         create, asked = client.completions.create, asked | {"prompt": "hi", "logprobs": 0}
     whole = create(**asked)
     texts, finishes, logprobs, parts = ["", ""], {}, [[], []], 0
+    tokens, of_prompts = [[], []], [[], []]
     for chunk in create(stream=True, stream_options={"include_usage": True}, **asked):
         for choice in chunk.choices:
             parts += 1
             said = choice.delta.content if kind == "chat" else choice.text
             texts[choice.index] += said or ""
+            tokens[choice.index] += (choice.model_extra or {}).get("token_ids", [])
+            of_prompts[choice.index] += (choice.model_extra or {}).get("prompt_token_ids", [])
             if choice.finish_reason:
                 finishes[choice.index] = choice.finish_reason
             if choice.logprobs:
@@ -117,9 +133,14 @@ def test_a_stream_says_the_same_in_parts(server, kind):
     for i, choice in enumerate(whole.choices):
         text = choice.message.content if kind == "chat" else choice.text
         assert (texts[i], finishes[i]) == (text, choice.finish_reason)
-        assert len(logprobs[i]) == len(
-            choice.logprobs.content if kind == "chat" else choice.logprobs.tokens
+        assert (
+            len(logprobs[i])
+            == len(tokens[i])
+            == len(choice.logprobs.content if kind == "chat" else choice.logprobs.tokens)
         )
+        ids = {"token_ids": tokens[i], "prompt_token_ids": of_prompts[i]}
+        assert {key: choice.model_extra[key] for key in ids} == ids
+        assert len(of_prompts[i]) == whole.usage.prompt_tokens
     assert parts > 6 and usage.completion_tokens == whole.usage.completion_tokens
 
 
@@ -186,7 +207,12 @@ def test_models_health_and_metrics(server):
         ({"prompt": "x", "temperature": -1}, 400, "temperature is -1.0; it takes 0 and more"),
         ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens: "),
         ({"prompt": "x" * 300}, 400, "the prompt has 300 tokens, and prompt and completion"),
-        ({"prompt": [5, 264]}, 400, "the prompt has token 264, and the model 264"),
+        ({"prompt": [5, 264]}, 400, "the prompt has token 264; the model's are 0 to 263"),
+        ({"prompt": [10**12]}, 400, "the prompt has token 1000000000000; the model's are"),
+        ({"prompt": "x", "stop_token_ids": [264]}, 400, "stop_tokens has 264; the model's are"),
+        ({"prompt": "x", "stop_token_ids": [5 * 10**9]}, 400, "stop_tokens has 5000000000; the"),
+        ({"prompt": "x", "stop_token_ids": [-(10**12)]}, 400, "stop_tokens has -1000000000000; "),
+        ({"prompt": "x", "seed": -1}, 400, "seed: "),
         ({"prompt": []}, 400, "prompt is empty"),
         ({"prompt": "x", "logprobs": 5}, 400, "logprobs is 5; those of drawn tokens are given"),
         ({"prompt": "x", "n": 1000}, 400, "1 prompts with n 1000 are more completions than"),
@@ -197,6 +223,16 @@ def test_models_health_and_metrics(server):
         ({"messages": [{"role": "bot", "content": "x"}]}, 400, "has role 'bot'; one of system"),
         ({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, 400, "top_logprobs"),
         ({"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}, 400, "auto"),
+        ({"prompt": "x", "stop": ["x"] * 65}, 400, "stop has 65 texts, the longest of 1 char"),
+        ({"prompt": "x", "stop": "x" * 1025}, 400, "stop has 1 texts, the longest of 1025 char"),
+        *(
+            (
+                {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {name: 1}},
+                400,
+                f"chat_template_kwargs has '{name}', no variable of a chat template",
+            )
+            for name in ("chat_template", "conversation", "messages", "self", "tools", "tokenize")
+        ),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(server, asked, status, problem):
@@ -206,6 +242,18 @@ def test_bad_requests_are_refused_in_one_line(server, asked, status, problem):
     assert answer.status_code == status and problem in error["message"]
     assert "\n" not in error["message"] and error["type"] == "invalid_request_error"
     assert server.served.service.engine.counts["waiting"] == 0
+
+
+def test_numbers_of_any_size_end_no_server(server):
+    asked = {"max_tokens": 6, "seed": 10**30, "temperature": 1.5}
+    huge = drawn(server, "ab", top_k=5 * 10**9, **asked)
+    assert huge == drawn(server, "ab", **asked) == drawn(server, "ab", top_k=264, **asked)
+    (choice,) = drawn(server, "ab", max_tokens=10**12)
+    assert choice["finish_reason"] in ("length", "stop")
+    update = {"model_path": "/nowhere", "version": 10**400}
+    answer = server.http.post("/update_weights_from_disk", json=update)
+    assert answer.status_code == 400 and "version" in answer.json()["error"]["message"]
+    assert server.http.get("/health").status_code == 200
 
 
 def test_a_body_that_is_no_json_or_too_large(server):
@@ -235,27 +283,38 @@ def test_who_leaves_is_no_longer_drawn_for(server):
 
 def test_too_much_at_once_is_told_to_come_again(model):
     with local_server(model, server={"max_waiting": 6}) as server:
-        statuses = []
+        answers = []
 
         def ask():
             asked = {"prompt": "x", "max_tokens": 200, "n": 5, "ignore_eos": True}
-            statuses.append(server.http.post("/v1/completions", json=asked).status_code)
+            answers.append(server.http.post("/v1/completions", json=asked))
 
         threads = [threading.Thread(target=ask) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert set(statuses) == {200, 429} and statuses.count(200) >= 1
-        with pytest.raises(openai.RateLimitError, match="6 completions wait already"):
-            server.openai.completions.create(model="tiny", prompt="x", n=7)
-        answer = server.http.post("/v1/completions", json={"prompt": "x", "n": 7})
-        assert answer.headers["retry-after"] == "1"
+        assert {answer.status_code for answer in answers} == {200, 429}
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert refused.headers["retry-after"] == "1"
+        assert "6 completions wait already" in refused.json()["error"]["message"]
 
 
-def test_a_request_that_takes_too_long_is_given_up(model):
-    with local_server(model, server={"timeout_s": 0.2}, engine={"max_len": 2048}) as server:
-        asked = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True}
+@pytest.mark.parametrize("asked", [{"prompt": "x", "n": 7}, {"prompt": ["x", "y"], "n": 4}])
+def test_more_than_may_ever_wait_is_not_told_to_come_again(model, asked):
+    with local_server(model, server={"max_waiting": 6}) as server:
+        with pytest.raises(openai.BadRequestError) as refused:
+            server.openai.completions.create(model="tiny", **asked)
+        said = f"n {asked['n']} are more completions than the 6 of this server's max_waiting; ask"
+        assert said in str(refused.value) and "--config.server.max_waiting" in str(refused.value)
+        for _ in range(3):  # what may wait is always taken by a server that does nothing else
+            assert len(drawn(server, ["x", "y"], n=3, max_tokens=2)) == 6
+
+
+def test_a_request_that_takes_too_long_is_given_up(model, monkeypatch):
+    monkeypatch.setattr(Engine, "step", lambda engine: [])  # it takes requests, and draws nothing
+    with local_server(model, server={"timeout_s": 0.2}) as server:
+        asked = {"prompt": "x"}
         answer = server.http.post("/v1/completions", json=asked)
         assert answer.status_code == 504 and answer.json()["error"]["type"] == "timeout_error"
         events = server.http.post("/v1/completions", json=asked | {"stream": True}).text
@@ -272,6 +331,14 @@ def test_a_key_opens_what_is_locked(model):
         assert server.http.post("/update_weights_from_disk", json={}).status_code == 401
 
 
+def test_what_the_client_calls_the_host_opens_nothing(monkeypatch):
+    scope = {"type": "http", "path": "/v1/completions", "headers": [(b"host", b"x/health?")]}
+    guard = Guard(None, ServerConfig(api_key="secret"))  # type: ignore[arg-type]
+    monkeypatch.setattr(Request, "url", httpx.URL("http://x/health?/v1/completions"))
+    assert guard.refusal(Request(scope)).status_code == 401
+    assert guard.refusal(Request(scope | {"path": "/health"})) is None
+
+
 def test_other_hosts_are_served_with_a_key_alone(model):
     with (
         pytest.raises(ConfigError, match="is reached from other hosts: set JAXRL_API_KEY"),
@@ -282,8 +349,6 @@ def test_other_hosts_are_served_with_a_key_alone(model):
 
 def test_new_weights_are_drawn_with(model, server, tmp_path):
     other = tiny_checkpoint(tmp_path / "other")
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(other / "model.safetensors")
     rng = np.random.default_rng(0)
     changed = {k: v + rng.normal(0, 0.3, v.shape).astype(v.dtype) for k, v in tensors.items()}
@@ -298,8 +363,95 @@ def test_new_weights_are_drawn_with(model, server, tmp_path):
     assert after[0]["token_ids"] != before[0]["token_ids"]
     back = {"model_path": str(model), "version": 7}
     assert server.http.post("/update_weights_from_disk", json=back).json()["version"] == 7
+    answer = server.http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 3})
+    assert answer.json()["weights_version"] == 7
     assert drawn(server, "abc", max_tokens=8, temperature=0) == before
     for path, problem in (("/nowhere", "is no folder"), (str(tmp_path), "config.json")):
         answer = server.http.post("/update_weights_from_disk", json={"model_path": path})
         assert answer.status_code == 400 and problem in answer.json()["error"]["message"]
     assert drawn(server, "abc", max_tokens=8, temperature=0) == before
+
+
+def no_file(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+def index_of_nothing(folder):
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def refuses(server, good, folder, problem):
+    """`folder` is answered in one line, and what is drawn stays; `good` is taken."""
+    before = drawn(server, "abc", max_tokens=8, temperature=0)
+    answer = server.http.post("/update_weights_from_disk", json={"model_path": str(folder)})
+    said = answer.json()["error"]["message"]
+    assert answer.status_code == 400 and str(folder) in said and problem in said, said
+    assert "\n" not in said
+    assert drawn(server, "abc", max_tokens=8, temperature=0) == before
+    again = server.http.post("/update_weights_from_disk", json={"model_path": str(good)})
+    assert again.status_code == 200, again.text
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (no_file("config.json"), "config.json is missing"),
+        (cut("config.json"), "is no valid JSON"),
+        (no_file("model.safetensors"), "has neither model.safetensors nor"),
+        (cut("model.safetensors"), "is truncated or no safetensors file"),
+        (index_of_nothing, "model-00001-of-00001.safetensors is missing"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_not_drawn_with(model, server, tmp_path, damage, problem):
+    folder = shutil.copytree(model, tmp_path / "new")
+    damage(folder)
+    refuses(server, model, folder, problem)
+
+
+@pytest.fixture(scope="module")
+def adapter(model):
+    adapted = add_lora(Transformer(read_config(model)), LoraConfig(rank=2))
+    folder = model.parent / "adapter"
+    save_adapter(initialize(adapted, jax.random.key(0)), folder, base=model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taking_adapters(model):
+    with local_server(model, lora_rank=2) as local:
+        yield local
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (no_file("adapter_config.json"), "holds no adapter, which this server takes"),
+        (cut("adapter_config.json"), "is no valid JSON"),
+        (no_file("adapter_model.safetensors"), "and no adapter_model.safetensors"),
+        (cut("adapter_model.safetensors"), "is truncated or no safetensors file"),
+        (shutil.rmtree, "holds no adapter, which this server takes"),
+    ],
+)
+def test_an_adapter_that_is_not_whole_is_not_drawn_with(
+    taking_adapters, adapter, tmp_path, damage, problem
+):
+    folder = shutil.copytree(adapter, tmp_path / "new")
+    damage(folder)
+    refuses(taking_adapters, adapter, folder, problem)
+
+
+def test_a_folder_that_goes_while_it_is_read_is_not_drawn_with(model, server, monkeypatch):
+    def gone(folder, **_):
+        raise FileNotFoundError(2, "No such file or directory", str(folder / "model.safetensors"))
+
+    monkeypatch.setattr(start, "load_pretrained", gone)
+    answer = server.http.post("/update_weights_from_disk", json={"model_path": str(model)})
+    assert answer.status_code == 400
+    assert f"{model} cannot be read: " in answer.json()["error"]["message"]
