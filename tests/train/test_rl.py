@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 
+import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -245,6 +246,9 @@ def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_next_run(
 
     def told(run, state, version):
         update(run, state, version)
+        # In turns the engine draws with the trainer's own arrays, not with a copy.
+        drawn_with = jax.tree.leaves(run.generation.collector.engine._weights)
+        assert {id(a) for a in drawn_with} == {id(a) for a in jax.tree.leaves(state.params)}
         if version == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
