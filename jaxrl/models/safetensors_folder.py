@@ -167,8 +167,6 @@ def new_folder(path: Path) -> Iterator[Path]:
     check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-    # A process of the same number that was killed, such as a container's first, may have left it.
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial

@@ -85,7 +85,8 @@ class Ticket:
     @property
     def version(self) -> int:
         """Of the oldest weights that drew it, once it is finished."""
-        return min(version for c in self.request.completions for version in c.versions)
+        versions = [version for c in self.request.completions for version in c.versions]
+        return min(versions, default=self._service.engine.version)
 
     def close(self) -> None:
         """Nobody waits for it any more."""
