@@ -19,7 +19,8 @@ _asked = itertools.count()
 
 
 def from_first[T](ask: Callable[[], T]) -> T:
-    """What `ask` returns in process 0, JSON, in all of them; so are its errors for the user.
+    """What `ask` returns in process 0, JSON, in all of them. Where it raises, so do all: for an
+    error that is the user's the same one, for any other those beside process 0 a RuntimeError.
 
     All processes are to ask at the same place.
     """
@@ -27,26 +28,36 @@ def from_first[T](ask: Callable[[], T]) -> T:
         return ask()
     from jax.experimental import multihost_utils
 
-    said = {}
+    said, failed = "", None
     if jax.process_index() == 0:
         try:
-            said = {"value": ask()}
-        except tuple(_ERRORS.values()) as error:
-            kind = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
-            said = {"error": str(error), "kind": kind}
+            said = json.dumps({"value": ask()})
+        except Exception as error:  # whichever it is, nobody is left waiting
+            failed = error
+            said = json.dumps(_told(error))
     # The others wait here: a collective gives up after a minute or so.
     wait = ocp.multihost.get_barrier_sync_fn()
     wait(key=f"jaxrl_from_first_{next(_asked)}", timeout_ms=1000 * _TIMEOUT_S)
-    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    text = np.frombuffer(said.encode(), np.uint8)
     with jax.transfer_guard("allow"):
         size = int(multihost_utils.broadcast_one_to_all(np.array(text.size, np.int32)))
         text = multihost_utils.broadcast_one_to_all(
             text if jax.process_index() == 0 else np.zeros(size, np.uint8)
         )
-    said = json.loads(bytes(np.asarray(text)))
-    if "error" in said:
-        raise _ERRORS[said["kind"]](said["error"])
-    return said["value"]
+    if failed is not None:
+        raise failed
+    found = json.loads(bytes(np.asarray(text)))
+    if "error" in found:
+        raise _ERRORS.get(found["kind"], RuntimeError)(found["error"])
+    return found["value"]
+
+
+def _told(error: Exception) -> dict[str, str]:
+    for kind, known in _ERRORS.items():
+        if isinstance(error, known):
+            return {"kind": kind, "error": str(error)}
+    line = " ".join(f"process 0 has failed: {type(error).__name__}: {error}".split())
+    return {"kind": "", "error": line}
 
 
 def on_first(tree: Any) -> Any:

@@ -44,3 +44,11 @@ def local_server(model, *, server=None, engine=None, **options) -> Iterator[Loca
         yield Local(served, f"http://127.0.0.1:{sock.getsockname()[1]}")
         running.should_exit = True
         thread.join()
+
+
+def drawn(server, prompt, **sampling):
+    """What the engine itself says, by token ids."""
+    asked = {"model": "tiny", "prompt": prompt, "return_token_ids": True, **sampling}
+    answer = server.http.post("/v1/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"]

@@ -1,28 +1,19 @@
 """The server as OpenAI's own client sees it, and what it refuses."""
 
 import json
-import shutil
 import threading
 
 import httpx
-import jax
-import numpy as np
 import openai
 import pytest
-from local_server import local_server
-from safetensors.numpy import load_file, save_file
+from local_server import drawn, local_server
 from starlette.requests import Request
 from tiny_run import CHATML, tiny_checkpoint
 
 from jaxrl.data.tokenizer import load_tokenizer
-from jaxrl.models.hf_config import read_config
-from jaxrl.models.lora import LoraConfig, add_lora
-from jaxrl.models.peft import save_adapter
-from jaxrl.models.transformer import Transformer, initialize
 from jaxrl.options import ConfigError
 from jaxrl.rollout.engine import Engine
 from jaxrl.serve_config import ServerConfig
-from jaxrl.serving import start
 from jaxrl.serving.app import Guard
 
 TOOLS = [
@@ -54,14 +45,6 @@ def server(model):
 @pytest.fixture(scope="module")
 def hf(model):
     return load_tokenizer(model, 264).hf
-
-
-def drawn(server, prompt, **sampling):
-    """What the engine itself says, by token ids."""
-    asked = {"model": "tiny", "prompt": prompt, "return_token_ids": True, **sampling}
-    answer = server.http.post("/v1/completions", json=asked)
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"]
 
 
 def test_completions_of_text_and_of_tokens(server, hf):
@@ -345,113 +328,3 @@ def test_other_hosts_are_served_with_a_key_alone(model):
         local_server(model, server={"host": "0.0.0.0"}),
     ):
         pass
-
-
-def test_new_weights_are_drawn_with(model, server, tmp_path):
-    other = tiny_checkpoint(tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
-    rng = np.random.default_rng(0)
-    changed = {k: v + rng.normal(0, 0.3, v.shape).astype(v.dtype) for k, v in tensors.items()}
-    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
-    before = drawn(server, "abc", max_tokens=8, temperature=0)
-    answer = server.http.post("/update_weights_from_disk", json={"model_path": str(other)})
-    assert answer.json() == {"success": True, "message": str(other), "version": 1}
-    after = drawn(server, "abc", max_tokens=8, temperature=0)
-    with local_server(other, server={"model_name": "tiny"}) as own:
-        expected = drawn(own, "abc", max_tokens=8, temperature=0)
-    assert after[0]["token_ids"] == expected[0]["token_ids"]
-    assert after[0]["token_ids"] != before[0]["token_ids"]
-    back = {"model_path": str(model), "version": 7}
-    assert server.http.post("/update_weights_from_disk", json=back).json()["version"] == 7
-    answer = server.http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 3})
-    assert answer.json()["weights_version"] == 7
-    assert drawn(server, "abc", max_tokens=8, temperature=0) == before
-    for path, problem in (("/nowhere", "is no folder"), (str(tmp_path), "config.json")):
-        answer = server.http.post("/update_weights_from_disk", json={"model_path": path})
-        assert answer.status_code == 400 and problem in answer.json()["error"]["message"]
-    assert drawn(server, "abc", max_tokens=8, temperature=0) == before
-
-
-def no_file(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def cut(name):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
-
-
-def index_of_nothing(folder):
-    names = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def refuses(server, good, folder, problem):
-    """`folder` is answered in one line, and what is drawn stays; `good` is taken."""
-    before = drawn(server, "abc", max_tokens=8, temperature=0)
-    answer = server.http.post("/update_weights_from_disk", json={"model_path": str(folder)})
-    said = answer.json()["error"]["message"]
-    assert answer.status_code == 400 and str(folder) in said and problem in said, said
-    assert "\n" not in said
-    assert drawn(server, "abc", max_tokens=8, temperature=0) == before
-    again = server.http.post("/update_weights_from_disk", json={"model_path": str(good)})
-    assert again.status_code == 200, again.text
-
-
-@pytest.mark.parametrize(
-    ("damage", "problem"),
-    [
-        (no_file("config.json"), "config.json is missing"),
-        (cut("config.json"), "is no valid JSON"),
-        (no_file("model.safetensors"), "has neither model.safetensors nor"),
-        (cut("model.safetensors"), "is truncated or no safetensors file"),
-        (index_of_nothing, "model-00001-of-00001.safetensors is missing"),
-    ],
-)
-def test_a_folder_that_is_not_whole_is_not_drawn_with(model, server, tmp_path, damage, problem):
-    folder = shutil.copytree(model, tmp_path / "new")
-    damage(folder)
-    refuses(server, model, folder, problem)
-
-
-@pytest.fixture(scope="module")
-def adapter(model):
-    adapted = add_lora(Transformer(read_config(model)), LoraConfig(rank=2))
-    folder = model.parent / "adapter"
-    save_adapter(initialize(adapted, jax.random.key(0)), folder, base=model)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def taking_adapters(model):
-    with local_server(model, lora_rank=2) as local:
-        yield local
-
-
-@pytest.mark.parametrize(
-    ("damage", "problem"),
-    [
-        (no_file("adapter_config.json"), "holds no adapter, which this server takes"),
-        (cut("adapter_config.json"), "is no valid JSON"),
-        (no_file("adapter_model.safetensors"), "and no adapter_model.safetensors"),
-        (cut("adapter_model.safetensors"), "is truncated or no safetensors file"),
-        (shutil.rmtree, "holds no adapter, which this server takes"),
-    ],
-)
-def test_an_adapter_that_is_not_whole_is_not_drawn_with(
-    taking_adapters, adapter, tmp_path, damage, problem
-):
-    folder = shutil.copytree(adapter, tmp_path / "new")
-    damage(folder)
-    refuses(taking_adapters, adapter, folder, problem)
-
-
-def test_a_folder_that_goes_while_it_is_read_is_not_drawn_with(model, server, monkeypatch):
-    def gone(folder, **_):
-        raise FileNotFoundError(2, "No such file or directory", str(folder / "model.safetensors"))
-
-    monkeypatch.setattr(start, "load_pretrained", gone)
-    answer = server.http.post("/update_weights_from_disk", json={"model_path": str(model)})
-    assert answer.status_code == 400
-    assert f"{model} cannot be read: " in answer.json()["error"]["message"]

@@ -42,9 +42,9 @@ def get_config():
 class Letters(SingleTurn):
     """The more of a turn's characters are small letters, the better."""
 
-    def __init__(self, seed=0, fails="", count=40, at="", stops="", kills=0):
+    def __init__(self, seed=0, fails="", count=40, at="", stops="", how="SIGTERM", kills=0):
         self.seed, self.fails, self.count = seed, fails, count
-        self.at, self.stops, self.kills = at, stops, kills
+        self.at, self.stops, self.how, self.kills = at, stops, signal.Signals[how], kills
 
     def __len__(self):
         return self.count
@@ -63,11 +63,11 @@ class Letters(SingleTurn):
         return sum(c.islower() and c.isascii() for c in said) / 8
 
     def happens(self):
-        """The run is told to stop, once; or another process dies."""
+        """The run is told to stop, or killed, once; or another process dies."""
         with contextlib.suppress(FileExistsError, ProcessLookupError):
             if self.stops:
                 pathlib.Path(self.stops).touch(exist_ok=False)
-                os.kill(os.getppid(), signal.SIGTERM)
+                os.kill(os.getppid(), self.how)
             if self.kills:
                 os.kill(self.kills, signal.SIGKILL)
 

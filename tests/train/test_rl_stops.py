@@ -1,0 +1,87 @@
+"""`jaxrl.rl` killed, or stopped while it draws beside the trainer, takes every task once."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT, TESTS
+from test_rl import command, rl, task_of
+from tiny_run import assert_alike, metrics, tiny_checkpoint
+
+from jaxrl.train import rl as train_rl
+from jaxrl.train.checkpoint import Checkpoints
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> pathlib.Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("inputs") / "model")
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> pathlib.Path:
+    """The output of an uninterrupted run of four steps, in turns."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert rl(model, output) == 0
+    return output
+
+
+def stopping(folder, whole, step, how) -> str:
+    """The environment with a task of `step` whose first reward ends the run, once."""
+    at = task_of(whole, step=step)
+    return "env.options=" + json.dumps({"at": at, "stops": str(folder / "stopped"), "how": how})
+
+
+def groups(output) -> list[tuple[int, int]]:
+    """(step, number) of the groups that were drawn."""
+    lines = map(json.loads, (output / "rollouts.jsonl").open())
+    return sorted({(line["step"], line["group"]) for line in lines})
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_last_checkpoint(model, whole, tmp_path):
+    flags = (stopping(tmp_path, whole, 4, "SIGKILL"), "checkpoint.every=1")
+    path = os.pathsep.join([*TESTS, os.environ.get("PYTHONPATH", "")])
+    killed = subprocess.run(
+        [sys.executable, "-m", "jaxrl.rl", *command(model, tmp_path / "run", *flags)],
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+    assert rl(model, tmp_path / "run", *flags) == 0
+    assert_alike(tmp_path / "run", whole)
+    assert groups(tmp_path / "run") == groups(whole)
+
+
+def test_beside_the_trainer_what_was_in_flight_is_drawn_again(model, whole, tmp_path, monkeypatch):
+    made, programs = train_rl.rl_program, []
+
+    def program(*args):
+        programs.append(made(*args))
+        return programs[-1]
+
+    monkeypatch.setattr(train_rl, "rl_program", program)
+    flags = ("rollout.max_staleness=1", "eval.tasks=0", "max_steps=6", "checkpoint.every=0")
+    flags += (stopping(tmp_path, whole, 3, "SIGTERM"),)
+    assert rl(model, tmp_path / "run", *flags) == 0
+    stopped = metrics(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "stopped").exists() and stopped < 6
+    with Checkpoints(tmp_path / "run/checkpoints", read_only=True) as checkpoints:
+        in_flight = checkpoints.extra()[1]["data"]["again"]
+    assert in_flight
+    assert rl(model, tmp_path / "run", *flags) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    drawn = [number for _, number in groups(tmp_path / "run")]
+    with Checkpoints(tmp_path / "run/checkpoints", read_only=True) as checkpoints:
+        place = checkpoints.extra()[1]["data"]
+    assert sorted([*drawn, *place["again"]]) == list(range(place["next"]))
+    assert set(in_flight) <= {*drawn, *place["again"]}
+    # Rows with prompts that rollouts share and rows without: two programs for any lengths.
+    assert [program.step.jitted._cache_size() <= 2 for program in programs] == [True, True]
