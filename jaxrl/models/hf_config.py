@@ -1,6 +1,7 @@
 """Hugging Face's config.json, as transformers 4 and 5 write it, to and from `ModelConfig`."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,8 +105,9 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def parse_config(raw: Mapping[str, Any], name: str) -> ModelConfig:
     """The `ModelConfig` that a parsed config.json describes; errors as in `read_config`."""
-    architecture = (raw.get("architectures") or [None])[0]
-    if architecture not in FAMILIES:
+    architectures = raw.get("architectures") or [None]
+    architecture = architectures[0] if isinstance(architectures, list) else architectures
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise CheckpointError(
             f"{name}/config.json: architecture {architecture!r} is not supported; "
             f"supported: {', '.join(FAMILIES)}"
@@ -127,17 +129,11 @@ def parse_config(raw: Mapping[str, Any], name: str) -> ModelConfig:
             f"{name}/config.json: layer_types has {min(other)!r}; supported: 'full_attention'"
         )
 
-    def number(key: str, default: float | None = None, alias: str | None = None, kind: Any = int):
-        value = raw.get(key)
-        value = raw.get(alias) if value is None and alias is not None else value
-        value = default if value is None else value
-        if isinstance(value, int | kind) and (kind is bool) == isinstance(value, bool):
-            return kind(value)
-        sort = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise CheckpointError(f"{name}/config.json: {key} is {value!r}; it must be {sort}")
-
+    number = functools.partial(_number, raw, name)
     hidden, heads = number("hidden_size"), number("num_attention_heads")
-    max_positions = raw.get("max_position_embeddings") or family.max_position_embeddings
+    if heads < 1:  # before it divides
+        raise CheckpointError(f"{name}/config.json: num_attention_heads is {heads}; at least 1")
+    max_positions = number("max_position_embeddings", 0) or family.max_position_embeddings
     theta, scaling, partial = _rope(raw, name, max_positions, family.partial_rotary_factor)
     keys = {
         field: number(key.name, key.default, key.alias, type(key.default))
@@ -147,26 +143,34 @@ def parse_config(raw: Mapping[str, Any], name: str) -> ModelConfig:
         raise CheckpointError(
             f"{name}/config.json: {family.keys['num_experts'].name} is 0; it must be at least 1"
         )
-    return ModelConfig(
-        name=name,
-        architecture=architecture,
-        vocab_size=number("vocab_size"),
-        hidden_size=hidden,
-        num_layers=number("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads", family.num_kv_heads) or heads,
-        head_dim=raw.get("head_dim", family.head_dim) or hidden // heads,
-        intermediate_size=number("intermediate_size"),
-        rope_theta=theta,
-        rms_norm_eps=raw.get("rms_norm_eps", family.rms_norm_eps),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        rope_scaling=scaling,
-        max_position_embeddings=max_positions,
-        partial_rotary_factor=partial,
-        **family.fixed,
-        **keys,
-    )
+    # What is null is not what is absent: transformers' classes then count query heads.
+    kv_heads = family.num_kv_heads if "num_key_value_heads" not in raw else None
+    head_dim = family.head_dim if "head_dim" not in raw else None
+    try:
+        return ModelConfig(
+            name=name,
+            architecture=architecture,
+            vocab_size=number("vocab_size"),
+            hidden_size=hidden,
+            num_layers=number("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=number("num_key_value_heads", kv_heads or heads),
+            head_dim=number("head_dim", head_dim or hidden // heads),
+            intermediate_size=number("intermediate_size"),
+            rope_theta=theta,
+            rms_norm_eps=number("rms_norm_eps", family.rms_norm_eps, kind=float),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            rope_scaling=scaling,
+            max_position_embeddings=max_positions,
+            partial_rotary_factor=partial,
+            **family.fixed,
+            **keys,
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:  # sizes that do not fit each other
+        raise CheckpointError(f"config.json of {error}") from None
 
 
 def prediction_layers(raw: Mapping[str, Any], config: ModelConfig) -> range:
@@ -248,31 +252,57 @@ def _rope(
 ) -> tuple[float, RopeScaling | None, float]:
     """theta, scaling and the share of a head that is turned, from `rope_theta`, `rope_scaling` and
     `partial_rotary_factor` (4) or `rope_parameters` (5)."""
-    rope = {**(raw.get("rope_parameters") or {}), **(raw.get("rope_scaling") or {})}
-    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    rope = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(said := raw.get(key) or {}, dict):
+            raise CheckpointError(f"{name}/config.json: {key} is {said!r}; it must be an object")
+        rope |= said
+    given = {key: value for key, value in rope.items() if value is not None}
+    either = functools.partial(_number, {**raw, **given}, name, kind=float)
+    theta, partial = either("rope_theta", 0) or 10000.0, either("partial_rotary_factor", 0)
+    rope.pop("rope_theta", None)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial_default is None and partial not in (None, 1, 1.0):
+    if partial_default is None and partial not in (0, 1):
         raise CheckpointError(
             f"{name}/config.json: partial_rotary_factor {partial} is not supported; supported: 1"
         )
-    partial = float(partial or partial_default or 1.0)
+    partial = partial or partial_default or 1.0
     if kind not in ("default", "llama3") or any(isinstance(v, dict) for v in rope.values()):
         raise CheckpointError(
             f"{name}/config.json: rope type {kind!r} with {sorted(rope)} is not supported; "
             "supported: 'default' and 'llama3', the same in every layer"
         )
     if kind == "default":
-        return float(theta), None, partial
+        return theta, None, partial
     missing = [k for k in ("factor", "low_freq_factor", "high_freq_factor") if k not in rope]
     if missing:
         raise CheckpointError(f"{name}/config.json: rope type 'llama3' lacks {missing[0]!r}")
+    number = functools.partial(_number, rope, name, kind=float)
     scaling = RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=rope.get(
-            "original_max_position_embeddings", max_positions
+        factor=number("factor"),
+        low_freq_factor=number("low_freq_factor"),
+        high_freq_factor=number("high_freq_factor"),
+        original_max_position_embeddings=number(
+            "original_max_position_embeddings", max_positions, kind=int
         ),
     )
-    return float(theta), scaling, partial
+    return theta, scaling, partial
+
+
+def _number(
+    raw: Mapping[str, Any],
+    name: str,
+    key: str,
+    default: float | None = None,
+    alias: str | None = None,
+    kind: Any = int,
+):
+    """What `raw` has of a key or, where that is missing or null, of another one; else the default.
+    Raises `CheckpointError` for a value, or a default, of another kind."""
+    value = raw.get(key)
+    value = raw.get(alias) if value is None and alias is not None else value
+    value = default if value is None else value
+    if isinstance(value, int | kind) and (kind is bool) == isinstance(value, bool):
+        return kind(value)
+    sort = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    raise CheckpointError(f"{name}/config.json: {key} is {value!r}; it must be {sort}")

@@ -56,6 +56,8 @@ def list_tensors(folder: Path) -> dict[str, Stored]:
         index = read_json(folder / INDEX).get("weight_map") or {}
         if not index:
             raise CheckpointError(f"{folder / INDEX} has no weight_map")
+        if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
+            raise CheckpointError(f"{folder / INDEX}: weight_map gives tensors no files' names")
         names = sorted(set(index.values()))
     else:
         raise CheckpointError(

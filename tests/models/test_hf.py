@@ -108,11 +108,21 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"vocab_size": None}, "vocab_size is None"),
         ({"num_attention_heads": "four"}, "num_attention_heads is 'four'"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; at least 1"),
         ({"num_key_value_heads": 3}, "num_kv_heads"),
+        ({"num_key_value_heads": 0}, "num_kv_heads is 0"),
+        ({"num_hidden_layers": -1}, "num_layers is -1"),
+        ({"head_dim": "x"}, "head_dim is 'x'; it must be a whole number"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a number"),
+        ({"max_position_embeddings": [1]}, "max_position_embeddings is .1.; it must be a whole"),
+        ({"rope_theta": "big"}, "rope_theta is 'big'; it must be a number"),
+        ({"rope_scaling": "big"}, "rope_scaling is 'big'; it must be an object"),
+        ({"rope_scaling": LLAMA3 | {"factor": "big"}}, "factor is 'big'; it must be a number"),
+        ({"architectures": {"a": 1}}, "architecture .* is not supported"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         parse_config(LLAMA | change, "x")
     assert "\n" not in str(error.value)
 
@@ -360,6 +370,8 @@ def test_harmless_extra_tensors_are_ignored(tmp_path):
         ("elsewhere", r"model.norm.weight is not in .*model-00002-of-00004.safetensors"),
         ("outside", "'../secret.safetensors', outside its own folder"),
         ("no map", "index.json has no weight_map"),
+        ("a list", "index.json: weight_map gives tensors no files' names"),
+        ("numbers", "index.json: weight_map gives tensors no files' names"),
     ],
 )
 def test_a_malformed_set_of_shards_is_one_clear_line(how, message, tmp_path):
@@ -383,6 +395,10 @@ def test_a_malformed_set_of_shards_is_one_clear_line(how, message, tmp_path):
             weight_map["model.norm.weight"] = "../secret.safetensors"
         case "no map":
             written = {}
+        case "a list":
+            written = {"weight_map": list(weight_map)}
+        case "numbers":
+            written = {"weight_map": dict.fromkeys(weight_map, 7)}
     index.write_text(json.dumps(written))
     with pytest.raises(CheckpointError, match=message) as error:
         load_pretrained(folder)
