@@ -4,6 +4,7 @@ The file's `get_config(arg)` returns an ml_collections ConfigDict; `--config=FIL
 argument. The options' own types read the values, so that every refusal names key, value and type.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -12,7 +13,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -25,6 +26,15 @@ INTERRUPTED = 130
 
 class OutputError(RuntimeError):
     """Results cannot be written: one line that names the path and the way out."""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """What the operating system refuses, as an OutputError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 class HostLostError(RuntimeError):

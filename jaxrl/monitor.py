@@ -1,5 +1,6 @@
 """Scalars of a run: to TensorBoard event files, and to a JSONL file that any tool can read."""
 
+import contextlib
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxrl.cli import writing
 from jaxrl.trackers import Tracker
 
 _log = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ class Monitor:
     written of later steps, which will be trained again, is dropped, also from `rollouts.jsonl`.
     None: nothing is.
     A tracker that fails gets no more, which is logged once.
-    Use as a context manager. Raises OSError where the folder cannot be written.
+    Use as a context manager. Raises OutputError where the folder cannot be written.
     """
 
     def __init__(
@@ -33,12 +35,13 @@ class Monitor:
         resumed_at: int | None = None,
     ):
         self.folder = pathlib.Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "metrics.jsonl"
-        for written in (file, self.folder / "rollouts.jsonl"):
-            if resumed_at is not None and written.is_file():
-                _drop_later(written, resumed_at)
-        self._jsonl = file.open("a", encoding="utf-8")
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for written in (file, self.folder / "rollouts.jsonl"):
+                if resumed_at is not None and written.is_file():
+                    _drop_later(written, resumed_at)
+            self._jsonl = file.open("a", encoding="utf-8")
         self._trackers = list(trackers)
         self._writer = None
         if tensorboard:
@@ -53,8 +56,9 @@ class Monitor:
         """Write `scalars` of one step; one that is not finite is null in the JSONL file."""
         known = {k: float(v) for k, v in scalars.items()}
         line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in known.items()}
-        self._jsonl.write(json.dumps(line) + "\n")
-        self._jsonl.flush()
+        with writing(self._jsonl.name):
+            self._jsonl.write(json.dumps(line) + "\n")
+            self._jsonl.flush()
         if self._writer:
             for name, value in known.items():
                 self._writer.add_scalar(name, value, step)
@@ -82,7 +86,8 @@ class Monitor:
         self.text("options", "\n".join(["| option | value |", "|---|---|", *rows]))
 
     def close(self) -> None:
-        self._jsonl.close()
+        with contextlib.suppress(OSError):  # what is left is what `log` has failed to write
+            self._jsonl.close()
         if self._writer:
             self._writer.close()
         for tracker in self._trackers:

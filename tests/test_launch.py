@@ -132,11 +132,12 @@ def test_slurm_nodes_serve_and_train(tmp_path):
     code, _, calls = launched("rl_slurm.sbatch", tmp_path, *flags, MODEL="M", **job)
     each = "|--ntasks-per-node=1|--cpus-per-task=96"
     assert code == 0 and len(calls) == 2
-    assert calls[0].startswith(f"{each}|--nodes=1|--nodelist=gpu1|python|-m|jaxrl.serve|")
-    assert "--config.server.port=8013|" in calls[0]
-    assert calls[1].startswith(
-        f"{each}|--nodes=2|--nodelist=gpu2,gpu3|python|-m|jaxrl.rl|--config=F.py|"
+    assert calls[0].startswith(
+        f"{each}|--nodes=1|--ntasks=1|--nodelist=gpu1|python|-m|jaxrl.serve|"
     )
+    assert "--config.server.port=8013|" in calls[0]
+    trains = f"{each}|--nodes=2|--ntasks=2|--nodelist=gpu2,gpu3|python|-m|jaxrl.rl|"
+    assert calls[1].startswith(f"{trains}--config=F.py|")
     assert "--config.rollout.servers=http://gpu1:8013|" in calls[1]
     ended(tmp_path, 1)
     nobody = job | {"SERVE_NODES": "3"}

@@ -7,9 +7,13 @@ import types
 
 import pytest
 
+from jaxrl.cli import OutputError
+from jaxrl.envs.protocol import Task
 from jaxrl.monitor import Monitor
 from jaxrl.options import ConfigError
+from jaxrl.rollout.rollouts import Group, Rollout
 from jaxrl.trackers import Mlflow, Wandb, start
+from jaxrl.train.rl_metrics import trace
 
 
 def lines(folder):
@@ -40,6 +44,18 @@ def test_a_resumed_run_drops_what_it_will_write_again(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "rollouts.jsonl"}
     kept = [json.loads(line)["step"] for line in (tmp_path / "rollouts.jsonl").open()]
     assert kept == [1, 2, 2]
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path):
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        (tmp_path / name).symlink_to("/dev/full")
+    with Monitor(tmp_path, tensorboard=False) as monitor:
+        with pytest.raises(OutputError, match=r"metrics.jsonl cannot be written: No space left"):
+            monitor.log(1, {"loss": 0.5})
+        with pytest.raises(OutputError, match=r"rollouts.jsonl cannot be written: No space left"):
+            trace(str(tmp_path), Group(0, [Rollout(Task("a", ()))]), 1)
+    with pytest.raises(OutputError, match="cannot be written: "):
+        Monitor(tmp_path / "metrics.jsonl" / "under")
 
 
 def test_tensorboard_forgets_later_steps_too(tmp_path):

@@ -56,11 +56,20 @@ class Tokenizer:
                 raise ConfigError(f"the model's chat template does not show the tool {name!r}")
         return text
 
+    def ids(self, text: str, *, special: bool) -> list[int]:
+        """Its tokens; with `special`, and those that the tokenizer puts around a text. Raises
+        ConfigError for what cannot be encoded."""
+        try:
+            return self.hf(text, add_special_tokens=special).input_ids
+        except (TypeError, UnicodeError) as error:  # half a character
+            raise ConfigError(f"its text cannot be encoded: {error}") from None
+
 
 def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     """Templates take the arguments of calls as objects, clients send them as JSON text."""
     found = dict(message)
-    for i, call in enumerate(calls := list(found.get("tool_calls", ()))):
+    calls: list[Any] = list(message.get("tool_calls") or ())
+    for i, call in enumerate(calls):
         function = dict(function_of(call))
         with contextlib.suppress(ValueError, TypeError):
             function["arguments"] = json.loads(function["arguments"])

@@ -43,33 +43,45 @@ def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
 def _json_call(text: str) -> dict[str, str] | None:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return None
     arguments = found.get("arguments", found.get("parameters", {}))
     if not isinstance(arguments, dict):
         return None
-    return {"name": found["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {"name": found["name"], "arguments": _written(arguments)}
 
 
 def _pairs_call(text: str, known: Mapping[Any, Mapping[str, Any]]) -> dict[str, str] | None:
     name = text.partition("<arg_key>")[0].strip()
     if not re.fullmatch(r"[\w.-]+", name):
         return None
-    schema = known.get(name, {}).get("parameters") or {}
-    types = {key: value.get("type") for key, value in (schema.get("properties") or {}).items()}
+    properties = _mapping(_mapping(known.get(name, {}).get("parameters")).get("properties"))
+    types = {key: _mapping(value).get("type") for key, value in properties.items()}
     arguments = {
         key.strip(): _value(value, types.get(key.strip())) for key, value in _PAIR.findall(text)
     }
-    return {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {"name": name, "arguments": _written(arguments)}
 
 
-def _value(text: str, kind: str | None) -> Any:
+def _mapping(schema: Any) -> Mapping[str, Any]:
+    """A JSON schema may be true, too."""
+    return schema if isinstance(schema, Mapping) else {}
+
+
+def _written(arguments: Mapping[str, Any]) -> str:
+    """As JSON that can be encoded."""
+    text = json.dumps(arguments, ensure_ascii=False)
+    half = any("\ud800" <= c <= "\udfff" for c in text)  # an escape of half a character
+    return json.dumps(arguments) if half else text
+
+
+def _value(text: str, kind: Any) -> Any:
     """An argument that is written without quotes where it is text."""
     if kind == "string":
         return text
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import numbers
+import os
 import pickle
 import signal
 import sys
@@ -82,6 +83,8 @@ class EnvironmentProcess:
             pipe.close()
             process.terminate()
             process.join(_END_S)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
             process.kill()
             process.join(_END_S)
 
@@ -141,6 +144,7 @@ def packed(what: str, task: Any, messages: Any) -> bytes:
 
 def _serve(pipe: Connection, name: str, options: str) -> None:
     """What the process does, until the other end of the pipe is closed."""
+    os.setsid()  # it ends with all that it starts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's to take
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     failure = environment = None

@@ -92,6 +92,8 @@ def attend_cached(
     scores = jnp.einsum("BKGH,BKSH->BKGS", q, k, preferred_element_type=f32) * H**-0.5
     seen = jnp.arange(S) <= positions[:, None]
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+    # What stands behind is of whoever had the page: 0 times what is not finite is not 0.
+    v = jnp.where(seen[:, None, :, None], v, jnp.zeros((), v.dtype))
     out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(v.dtype), v, preferred_element_type=f32)
     return out.reshape(B, 1, N, H).astype(q.dtype)
 

@@ -140,7 +140,8 @@ class Collector:
         text = self._said(completion, stopped)
         rollout.messages.append({"role": "assistant", "content": text})
         rollout.truncated = not stopped
-        turns = sum(m["role"] == "assistant" for m in rollout.messages)
+        new = rollout.messages[len(rollout.task.messages) :]  # a task may begin with examples
+        turns = sum(m["role"] == "assistant" for m in new)
         if self.single or not stopped or turns >= self.max_turns:
             self._score(rollout, group)
         else:
@@ -210,9 +211,9 @@ class Collector:
 
     def _tokens(self, text: str) -> list[int]:
         try:
-            return self.tokenizer.hf(text, add_special_tokens=False).input_ids
-        except (TypeError, UnicodeError) as error:  # half a character
-            raise PromptRefused(f"its text cannot be encoded: {error}") from None
+            return self.tokenizer.ids(text, special=False)
+        except ConfigError as error:
+            raise PromptRefused(str(error)) from None
 
     def _said(self, completion: Completion, stopped: bool) -> str:
         """A turn's text, without the token that ended it."""

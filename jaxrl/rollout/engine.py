@@ -196,7 +196,7 @@ class Engine:
         top_k = sampling.top_k if sampling.top_k < self._vocab_size else 0
         seeds, stop_first = _seeds(sampling, self._seeds), sorted(stop)[:STOPS]
         for completion, seed in zip(completions, seeds, strict=True):
-            text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer else None
+            text = TextStream(self.tokenizer, sampling.stop, prompt) if self.tokenizer else None
             self._waiting.append(
                 _Sequence(request, completion, seed, top_k, stop, stop_first, limit, text)
             )

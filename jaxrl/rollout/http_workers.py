@@ -28,6 +28,7 @@ from typing import Any, Literal
 import httpx
 
 from jaxrl.options import ConfigError
+from jaxrl.rollout.handover import COMPLETE
 from jaxrl.rollout.requests import Sampling
 from jaxrl.rollout.workers import Drawn, WorkerBusy, WorkerLost
 
@@ -49,11 +50,21 @@ class Refused(ConfigError):
 
 
 class HttpWorker:
-    """A server at `url`. adapters: whether weights come as adapters. timeout_s: of a request."""
+    """A server at `url`. adapters: whether weights come as adapters. vocab_size: of the model that
+    it is to draw with. timeout_s: of a request."""
 
     path: str  # of completions
 
-    def __init__(self, url: str, *, adapters: bool, api_key: str = "", timeout_s: float = 600.0):
+    def __init__(
+        self,
+        url: str,
+        *,
+        adapters: bool,
+        vocab_size: int,
+        api_key: str = "",
+        timeout_s: float = 600.0,
+    ):
+        self._vocab_size = vocab_size
         self.name, self.adapters = url.rstrip("/").removesuffix("/v1"), adapters
         self._version: int | None = None  # of the weights it was given
         self._salt, self._updating = "first", False
@@ -95,7 +106,7 @@ class HttpWorker:
             raise WorkerLost(f"{self.path} answers no JSON: {_line(answer) or 'nothing'}")
         try:
             drawn, versions = self._drawn(answer), self._versions(answer)
-            _check(drawn, sampling.n)
+            _check(drawn, sampling, self._vocab_size)
         except _SHAPE as error:
             lacks = f"no {error}" if isinstance(error, KeyError) else error
             raise WorkerLost(f"{self.path} answers no completions: {lacks}") from None
@@ -202,7 +213,7 @@ class OpenAiWorker(HttpWorker):
 
 class JaxrlWorker(OpenAiWorker):
     async def _load(self, folder: Path, version: int) -> None:
-        asked = {"model_path": str(folder), "version": version}
+        asked = {"model_path": str(folder), "version": version, "marker": COMPLETE}
         await self._post_load("/update_weights_from_disk", asked)
 
 
@@ -301,17 +312,19 @@ def _how(sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def _check(drawn: Sequence[Drawn], wanted: int) -> None:
-    """Raises ValueError for what is no completion, or not as many as are wanted."""
-    if len(drawn) != wanted:
-        raise ValueError(f"{len(drawn)} where {wanted} were asked for")
+def _check(drawn: Sequence[Drawn], sampling: Sampling, vocab_size: int) -> None:
+    """Raises ValueError for what is no completion of such a model, or not what was asked for."""
+    if len(drawn) != sampling.n:
+        raise ValueError(f"{len(drawn)} where {sampling.n} were asked for")
     for one in drawn:
         if one.finish not in ("stop", "length"):
             raise ValueError(f"one that ended by {one.finish!r}")
         if not isinstance(one.text, str):
             raise ValueError(f"text {one.text!r}")
-        if not _all(one.tokens, lambda token: type(token) is int and token >= 0):
-            raise ValueError(f"token ids {_line(str(one.tokens))}")
+        if not _all(one.tokens, lambda token: type(token) is int and 0 <= token < vocab_size):
+            raise ValueError(f"token ids {_line(str(one.tokens))} of a model of {vocab_size}")
+        if sampling.max_tokens and len(one.tokens) > sampling.max_tokens:
+            raise ValueError(f"{len(one.tokens)} tokens where {sampling.max_tokens} may be drawn")
         if not _all(one.logprobs, lambda p: type(p) in (int, float) and math.isfinite(p)):
             raise ValueError(f"log-probs {_line(str(one.logprobs))}")
         if len(one.logprobs) != len(one.tokens):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl.options import ConfigError
+from jaxrl.rollout.handover import COMPLETE
 from jaxrl.rollout.requests import Sampling
 from jaxrl.rollout.workers import Drawn, WorkerBusy, WorkerLost
 from jaxrl.serve_config import ServeConfig
@@ -59,8 +60,13 @@ class EngineActor:
         ]
 
     async def update(self, folder: str, version: int) -> None:
+        from jaxrl.serving.served import NotWhole
+
         self._check()
-        await self._served.update(folder, version)
+        try:
+            await self._served.update(folder, version, COMPLETE)
+        except NotWhole as error:
+            raise WorkerLost(str(error)) from None
 
     def _check(self) -> None:
         if not self._served.service.alive:

@@ -4,16 +4,22 @@ from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
 
+_CONTEXT = 8  # tokens of a prompt that decide how what follows begins
+
 
 class TextStream:
     """The text of a growing completion.
 
-    hf: a tokenizer of transformers with a fast backend. stop: texts that end it.
+    hf: a tokenizer of transformers with a fast backend. stop: texts that end it. prompt: the tokens
+    before it; some tokenizers leave out the space that a text begins with.
     """
 
-    def __init__(self, hf, stop: Sequence[str] = ()):
+    def __init__(self, hf, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         self._backend = hf.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        before = list(prompt[-_CONTEXT:])
+        if self._backend.decode(before, skip_special_tokens=True).endswith("\ufffd"):
+            before = []  # half a character, of which the stream would tell as of something new
+        self._stream = DecodeStream(ids=before, skip_special_tokens=True)
         self._held: list[int] = []  # tokens whose text is not there yet
         self._stop = stop
         self.text = ""

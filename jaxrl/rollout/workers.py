@@ -242,12 +242,20 @@ class WorkerPool:
         place.lost_at = time.monotonic()
 
     async def _look_after_lost(self) -> None:
-        """Ask lost workers, now and then, whether they take weights again."""
+        """Ask lost workers, now and then, whether they take weights again; each by itself, as one
+        that hangs is long about it."""
+        asking: dict[int, asyncio.Task[None]] = {}
         while True:
             await asyncio.sleep(min(PROBE_S, 0.5))
             due = time.monotonic() - PROBE_S
-            lost = [p for p in self._places if p.lost_at is not None and p.lost_at <= due]
-            await asyncio.gather(*(self._update(p) for p in lost if p.loading is None))
+            for number, place in enumerate(self._places):
+                lost = place.lost_at is not None and place.lost_at <= due
+                if (
+                    lost
+                    and place.loading is None
+                    and (number not in asking or asking[number].done())
+                ):
+                    asking[number] = asyncio.create_task(self._update(place))
 
     async def _update_all(self, folder: Path, version: int) -> None:
         self._folder, self.version = folder, version

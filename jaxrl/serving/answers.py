@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -135,7 +136,22 @@ class Answers:
         return "tool_calls" if calls and choice.finish == "stop" else choice.finish
 
     def _names(self, tokens: Sequence[int]) -> list[str]:
-        return [self.hf.decode([token]) for token in tokens]
+        """What each says behind a word: some tokenizers leave out a text's first space."""
+        backend = self.hf.backend_tokenizer
+        word = backend.encode("a", add_special_tokens=False).ids[-1:]
+        begin = len(backend.decode(word, skip_special_tokens=False))
+        return [backend.decode([*word, t], skip_special_tokens=False)[begin:] for t in tokens]
+
+    def _bytes(self, token: int, name: str) -> list[int]:
+        """Of a token, also of one that is half a character."""
+        if "\ufffd" not in name:
+            return list(name.encode())
+        written = self.hf.convert_ids_to_tokens(token)
+        if found := re.fullmatch(r"<0x([0-9A-F]{2})>", written):
+            return [int(found[1], 16)]
+        if all(c in _BYTE_LETTERS for c in written):
+            return [_BYTE_LETTERS[c] for c in written]
+        return list(name.encode())
 
     def _completion_logprobs(self, tokens, logprobs, offset: int) -> dict[str, Any] | None:
         if self.request.logprobs is None:
@@ -156,10 +172,26 @@ class Answers:
             return None
         return {
             "content": [
-                {"token": name, "logprob": p, "bytes": list(name.encode()), "top_logprobs": []}
-                for name, p in zip(self._names(tokens), logprobs, strict=True)
+                {
+                    "token": name,
+                    "logprob": p,
+                    "bytes": self._bytes(token, name),
+                    "top_logprobs": [],
+                }
+                for token, name, p in zip(tokens, self._names(tokens), logprobs, strict=True)
             ]
         }
+
+
+def _byte_letters() -> dict[str, int]:
+    """How byte-level tokenizers write bytes: printable ones as themselves, others from U+0100 on
+    (GPT-2's alphabet)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_LETTERS = _byte_letters()
 
 
 def _tool_calls(calls: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:

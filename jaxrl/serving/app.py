@@ -22,7 +22,7 @@ from jaxrl.rollout.requests import Sampling
 from jaxrl.serve_config import ServerConfig
 from jaxrl.serving.answers import Answers, Choice, event, failure
 from jaxrl.serving.schema import ChatRequest, CompletionRequest, UpdateRequest
-from jaxrl.serving.served import Served
+from jaxrl.serving.served import NotWhole, Served
 from jaxrl.serving.service import Busy, EngineEnded, Ticket
 
 OPEN = ("/health", "/metrics")  # without a key
@@ -70,12 +70,18 @@ def make_app(served: Served) -> FastAPI:
     """Errors are OpenAI's objects, of one line each."""
     app = FastAPI(title="jaxrl", docs_url=None, redoc_url=None)
     options, service = served.options, served.service
+    model = {"id": served.name, "object": "model", "created": int(time.time())}
+    model |= {"owned_by": "jaxrl", "max_model_len": served.max_len}
 
     app.add_middleware(Guard, options=options)
 
     @app.exception_handler(ConfigError)
     async def bad(_: Request, error: ConfigError) -> Response:
         return _refused(400, str(error))
+
+    @app.exception_handler(NotWhole)
+    async def late(_: Request, error: NotWhole) -> Response:
+        return _refused(408, str(error), "timeout_error")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -113,8 +119,12 @@ def make_app(served: Served) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict:
-        model = {"id": served.name, "object": "model", "created": began, "owned_by": "jaxrl"}
-        return {"object": "list", "data": [model | {"max_model_len": served.max_len}]}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict:
+        _check_model(served, name)
+        return model
 
     @app.post("/v1/completions")
     async def complete(asked: CompletionRequest, request: Request) -> Response:
@@ -136,10 +146,9 @@ def make_app(served: Served) -> FastAPI:
     async def update(asked: UpdateRequest) -> dict:
         if not options.updates:
             raise HTTPException(403, "this server takes no new weights (config.server.updates)")
-        version = await served.update(asked.model_path, asked.version)
+        version = await served.update(asked.model_path, asked.version, asked.marker)
         return {"success": True, "message": asked.model_path, "version": version}
 
-    began = int(time.time())
     return app
 
 
@@ -151,8 +160,8 @@ async def _answer(
     sampling: Sampling,
 ) -> Response:
     _check_count(served.options, len(prompts), sampling.n)
-    if asked.model not in (None, served.name):
-        raise HTTPException(404, f"model {asked.model!r} is not served here; use {served.name!r}")
+    if asked.model is not None:
+        _check_model(served, asked.model)
     deadline = time.monotonic() + served.options.timeout_s
     try:
         tickets = await _submit(served, prompts, sampling)
@@ -181,6 +190,11 @@ async def _answer(
     return JSONResponse(whole | {"weights_version": drawn_with})
 
 
+def _check_model(served: Served, name: str) -> None:
+    if name != served.name:
+        raise HTTPException(404, f"model {name!r} is not served here; use {served.name!r}")
+
+
 def _check_count(options: ServerConfig, prompts: int, n: int) -> None:
     """Refuse more completions than a request may have, or than may ever wait."""
     for name in ("max_n", "max_waiting"):
@@ -197,15 +211,8 @@ async def _submit(
     served: Served, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> list[Ticket]:
     """Raises TimeoutError where the engine does not take them in time."""
-    tickets: list[Ticket] = []
-    try:
-        async with asyncio.timeout(served.options.timeout_s):
-            for prompt in prompts:
-                tickets.append(await served.service.submit(prompt, sampling))
-    except BaseException:
-        _close(tickets)
-        raise
-    return tickets
+    async with asyncio.timeout(served.options.timeout_s):
+        return await served.service.submit_all(prompts, sampling)
 
 
 async def _read(tickets: Sequence[Ticket], choices: Sequence[Choice], deadline: float) -> None:
@@ -282,7 +289,7 @@ def _usage(choices: Sequence[Choice], n: int) -> dict[str, int]:
 
 
 def _tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> Sequence[int]:
-    return tokenizer.hf(prompt).input_ids if isinstance(prompt, str) else prompt
+    return tokenizer.ids(prompt, special=True) if isinstance(prompt, str) else prompt
 
 
 def _chat_prompt(tokenizer: Tokenizer, asked: ChatRequest) -> Sequence[int]:
@@ -294,7 +301,7 @@ def _chat_prompt(tokenizer: Tokenizer, asked: ChatRequest) -> Sequence[int]:
     for name in asked.chat_template_kwargs.keys() & taken:
         raise ConfigError(f"chat_template_kwargs has {name!r}, no variable of a chat template")
     text = tokenizer.chat_text(chat.messages, tools, **asked.chat_template_kwargs)
-    return tokenizer.hf(text, add_special_tokens=False).input_ids
+    return tokenizer.ids(text, special=False)
 
 
 def _too_late(options: ServerConfig) -> JSONResponse:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jaxrl.options import ConfigError
 from jaxrl.rollout.requests import Sampling
@@ -22,6 +22,14 @@ class Generation(BaseModel):
     where the client counts on it."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        """Clients write null for what they leave open."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -136,8 +144,10 @@ class ChatRequest(Generation):
 
 class UpdateRequest(BaseModel):
     """`POST /update_weights_from_disk`. model_path: a Hugging Face folder of the same model, or a
-    PEFT adapter's. version: of the weights; default one more than before."""
+    PEFT adapter's. version: of the weights; default one more than before. marker: the name of a
+    file in it that is there when all others are, and is waited for."""
 
     model_config = ConfigDict(extra="forbid")
     model_path: str
     version: int | None = Field(None, ge=0, lt=2**53)
+    marker: str | None = Field(None, pattern=r"^\w+$")

@@ -2,12 +2,21 @@
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jaxrl.data.tokenizer import Tokenizer
+from jaxrl.options import ConfigError
 from jaxrl.serve_config import ServerConfig
 from jaxrl.serving.service import Service
+
+WHOLE_S = 60.0  # for a shared disk to show what another host has written
+
+
+class NotWhole(ConfigError):
+    """A folder of weights that lacks the file which says that all of it is there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +32,28 @@ class Served:
     load: Callable[[str], Any]
     _updating: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
 
-    async def update(self, folder: str, version: int | None = None) -> int:
+    async def update(
+        self, folder: str, version: int | None = None, marker: str | None = None
+    ) -> int:
         """Draw with the weights in this folder from now on; returns their version, None being the
-        next. Raises ConfigError for a folder that holds none of this model."""
+        next. marker: a file in it that is there when all others are, and is waited for. Raises
+        NotWhole where it does not come, ConfigError for a folder that holds none of this model."""
         engine = self.service.engine
         async with self._updating:  # one at a time: each holds a copy of the weights
+            if marker is not None:
+                await _come(Path(folder) / marker)
             weights = await asyncio.to_thread(self.load, folder)
             version = engine.version + 1 if version is None else version
             await self.service.run(lambda: engine.set_weights(weights, version))
         return version
+
+
+async def _come(file: Path) -> None:
+    deadline = time.monotonic() + WHOLE_S
+    while not file.is_file():
+        if time.monotonic() >= deadline:
+            raise NotWhole(
+                f"{file.parent} has no {file.name}: it is not whole, or not all of it is seen on "
+                "the server's host"
+            )
+        await asyncio.sleep(0.05)

@@ -133,23 +133,38 @@ class Service:
 
     async def submit(self, prompt: Sequence[int], sampling: Sampling) -> Ticket:
         """Raises `Busy`, EngineEnded, and ConfigError as `Engine.submit` does."""
-        loop = asyncio.get_running_loop()
+        return (await self.submit_all([prompt], sampling))[0]
+
+    async def submit_all(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[Ticket]:
+        """All of them between two steps of the engine, or none; errors as of `submit`."""
+        loop, count = asyncio.get_running_loop(), len(prompts) * sampling.n
         with self._lock:
             waiting = self.engine.counts["waiting"] + self._waiting
-            if waiting + sampling.n > self.max_waiting:
+            if waiting + count > self.max_waiting:
                 self.metrics.refused.inc()
                 raise Busy
-            self._waiting += sampling.n
+            self._waiting += count
 
         def taken(_: Future) -> None:
             with self._lock:
-                self._waiting -= sampling.n
+                self._waiting -= count
 
-        def take() -> Ticket:
-            ticket = Ticket(self, self.engine.submit(prompt, sampling), loop)
-            self._tickets |= {id(c): ticket for c in ticket.request.completions}
-            self.metrics.prompt_tokens.inc(len(prompt))
-            return ticket
+        def take() -> list[Ticket]:
+            requests: list[Request] = []
+            try:
+                for prompt in prompts:
+                    requests.append(self.engine.submit(prompt, sampling))
+            except BaseException:
+                for request in requests:
+                    self.engine.abort(request)
+                raise
+            tickets = [Ticket(self, request, loop) for request in requests]
+            for ticket in tickets:
+                self._tickets |= {id(c): ticket for c in ticket.request.completions}
+            self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+            return tickets
 
         future = self._ask(take)
         future.add_done_callback(taken)
@@ -249,16 +264,17 @@ class Service:
                 ended[completion.finish] += 1
                 del self._tickets[id(completion)]
                 ticket.open -= 1
-                if not ticket.open:
+                if not ticket.open and completion.finish != "abort":
                     self.metrics.latency.observe(time.monotonic() - ticket.came)
             ticket.tell(delta)
         for finish, count in ended.items():
             self.metrics.finished.labels(finish).inc(count)
 
 
-def _close(future: Future[Ticket]) -> None:
+def _close(future: Future[list[Ticket]]) -> None:
     if not future.cancelled() and future.exception() is None:
-        future.result().close()
+        for ticket in future.result():
+            ticket.close()
 
 
 def _delta(completion: Completion, tokens: int, characters: int) -> Delta:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl.cli import HostLostError
+from jaxrl.cli import HostLostError, OutputError
 from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrl.models.hf_config import read_config
 from jaxrl.models.transformer import merge_trees
@@ -134,57 +134,60 @@ def train(config: RlConfig) -> int:
 
 
 def fit(run: Run, state: TrainState, step: int) -> int:
-    """The loop, from `step` on; returns the exit code. The last state is saved, also where no more
-    rollouts can be had, and evaluated unless the run was stopped or gave up."""
+    """The loop, from `step` on; returns the exit code. The last state is saved, also where those
+    who draw are lost, and evaluated unless the run was stopped or gave up."""
     config, stopped, saved = run.config, False, step
     update(run, state, step)
     if step == 0 and config.eval.tasks:
-        values = evaluate(run)
-        run.monitor.log(0, values)
-        run.console.step(0, values)
+        tell(run, 0, evaluate(run))
     profiles = pathlib.Path(config.output) / "profile"
     with StopSignals() as stop, Profile(config.profile, profiles) as profile:
         while step < config.max_steps and not stopped and not run.gave_up:
             began = time.perf_counter()
             profile.before(step + 1)
+            values: dict[str, float] = {}  # of a step that nobody was told of yet
             try:
                 groups = gather_for_all(run, step, stop)
-            except (ConfigError, HostLostError):
+                if groups is None:  # stopped: the last step is the last
+                    if step > saved:
+                        run.save(state, step, run.place)
+                    stopped = True
+                    break
+                state, values = one_step(run, state, step + 1, groups, began)
+                step += 1
+                trained = time.perf_counter()
+                update(run, state, step)
+                synced = time.perf_counter()
+                values |= {"sync_s": synced - trained, "total_s": synced - began}
+                stopped, last = any_process(stop.requested), step == config.max_steps
+                cut_short = stopped or run.gave_up
+                wanted = last or due(config.eval.every, step)
+                if config.eval.tasks and wanted and not cut_short:
+                    values |= evaluate(run)
+            except (ConfigError, HostLostError, OutputError):
+                if values:
+                    tell(run, step, values)
                 if step > saved:
-                    run.save(state, step, run.place)
-                    run.checkpoints.wait()
+                    with contextlib.suppress(OutputError):  # the first error is the one to tell
+                        run.save(state, step, run.place)
+                        run.checkpoints.wait()
                 raise
-            if groups is None:  # stopped: the last step is the last
-                if step > saved:
-                    run.save(state, step, run.place)
-                stopped = True
-                break
-            step += 1
-            state, values = one_step(run, state, step, groups, began)
-            stopped, last = any_process(stop.requested), step == config.max_steps
-            cut_short = stopped or run.gave_up
-            wanted = last or due(config.eval.every, step)
-            if config.eval.tasks and wanted and not cut_short:
-                values |= evaluate(run)
             profile.after(step)
-            run.monitor.log(step, values)
-            run.console.step(step, values)
+            tell(run, step, values)
             if cut_short or last or due(config.checkpoint.every, step):
                 run.save(state, step, run.place)
                 saved = step
         run.checkpoints.wait()
         if step == config.max_steps and not (stopped or run.gave_up) and not evaluated(run, step):
-            values = evaluate(run)  # a signal came before it, in the run before this
-            run.monitor.log(step, values)
-            run.console.step(step, values)
+            tell(run, step, evaluate(run))  # a signal came before it, in the run before this
     return report(run, step, stopped)
 
 
 def one_step(
     run: Run, state: TrainState, step: int, groups: Sequence[Group], began: float
 ) -> tuple[TrainState, dict[str, float]]:
-    """One update on these groups, for which the run has waited since `began`; (the new state, which
-    the engine draws with from now on, and the step's metrics)."""
+    """One update on these groups, for which the run has waited since `began`; (the new state, and
+    the step's metrics)."""
     gathered = time.perf_counter()
     seen, run.drawn, flat, run.flat = run.drawn, [], run.flat, 0
     rollouts, advantages = training_rollouts(run.config, groups)
@@ -204,8 +207,6 @@ def one_step(
         state, metrics = run.program.step(state, batch)
     fetched = jax.device_get({k: v for k, v in metrics.items() if v.ndim == 0})
     trained = time.perf_counter()
-    update(run, state, step)
-    synced = time.perf_counter()
     tokens = sum(len(rollout.tokens) for rollout in rollouts)  # shared ones with each of them
     values = {name: float(value) for name, value in fetched.items()}
     values["trained_tokens"] = values.pop("tokens")
@@ -228,8 +229,6 @@ def one_step(
         # What the trainer had nothing to do for while others drew.
         "wait_s": gathered - began if run.generation.overlaps else 0.0,
         "train_s": trained - gathered,
-        "sync_s": synced - trained,
-        "total_s": synced - began,
         "tokens_per_s_train": tokens / (trained - gathered),
         "tokens_per_s_rollout": sum(r.length for r in each(seen)) / max(drawing, 1e-9),
     }
@@ -241,6 +240,12 @@ def one_step(
         values |= run.drawing.curriculum_figures()
     show(run.monitor, rollouts[:2], step)
     return state, values
+
+
+def tell(run: Run, step: int, values: dict[str, float]) -> None:
+    """The metrics of a step, to whoever asked for them."""
+    run.monitor.log(step, values)
+    run.console.step(step, values)
 
 
 def update(run: Run, state: TrainState, version: int) -> None:
@@ -297,8 +302,9 @@ def gather_for_all(run: Run, step: int, stop: StopSignals) -> list[Group] | None
             Group(number, [Rollout.of_plain(values) for values in rollouts])
             for number, rollouts in said
         ]
-    mine = {number for number, _ in said}
-    return [group for group in run.drawn if group.number in mine]
+    # In one order for all: each host packs all of them, and moves the rows that are its own.
+    drawn = {group.number: group for group in run.drawn}
+    return [drawn[number] for number, _ in said]
 
 
 def gather(run: Run, step: int, stop: StopSignals) -> list[Group] | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jaxrl.cli import writing
 from jaxrl.monitor import Monitor
 from jaxrl.rollout.rollouts import Group, Rollout
 
@@ -48,7 +49,8 @@ def failures(groups: Sequence[Group]) -> collections.Counter[str]:
 
 
 def trace(output: str, group: Group, step: int) -> None:
-    """Every rollout of a group as a line of rollouts.jsonl."""
+    """Every rollout of a group as a line of rollouts.jsonl. Raises OutputError where it cannot be
+    written."""
     lines = [
         {
             "step": step,
@@ -66,7 +68,10 @@ def trace(output: str, group: Group, step: int) -> None:
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     file = pathlib.Path(output) / "rollouts.jsonl"
-    with file.open("a", encoding="utf-8", errors="backslashreplace") as appended:
+    with (
+        writing(file),
+        file.open("a", encoding="utf-8", errors="backslashreplace") as appended,
+    ):
         appended.write(text)
 
 

@@ -47,6 +47,11 @@ def make_environments(config: RlConfig) -> Environments:
     """Raises ConfigError where they cannot be made, or there are too few held-out tasks."""
     options = parsed(config.env.options, "env.options")
     training = make_environment(config.env.name, options)
+    if not len(training):
+        raise ConfigError(
+            f"the environment {config.env.name} has no tasks with config.env.options "
+            f"{config.env.options!r}; make it with some"
+        )
     other, wanted = options | parsed(config.eval.options, "eval.options"), config.eval.tasks
     held_out = make_environment(config.env.name, other) if wanted else None
     if held_out is not None and len(held_out) < wanted:
@@ -80,7 +85,9 @@ def make_pool(
     ConfigError where one is not there."""
     options = config.rollout
     if options.servers:
-        workers = _servers(config, adapters=program.layout.is_lora, say=say)
+        layout = program.layout
+        vocab_size = layout.model.config.vocab_size
+        workers = _servers(config, adapters=layout.is_lora, vocab_size=vocab_size, say=say)
     else:
         from jaxrl.rollout.ray_workers import ray_workers
 
@@ -103,7 +110,9 @@ def make_pool(
     return stack.enter_context(pool)
 
 
-def _servers(config: RlConfig, *, adapters: bool, say: Callable[[str], None]) -> Sequence[Worker]:
+def _servers(
+    config: RlConfig, *, adapters: bool, vocab_size: int, say: Callable[[str], None]
+) -> Sequence[Worker]:
     if importlib.util.find_spec("httpx") is None:
         raise ConfigError('config.rollout.servers needs httpx: pip install "jaxrl[serve]"')
     from jaxrl.rollout.http_workers import http_worker
@@ -114,6 +123,7 @@ def _servers(config: RlConfig, *, adapters: bool, say: Callable[[str], None]) ->
             options.server_kind,
             url,
             adapters=adapters,
+            vocab_size=vocab_size,
             api_key=os.environ.get("JAXRL_API_KEY", ""),
             timeout_s=options.server_timeout_s,
         )

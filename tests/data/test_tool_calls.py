@@ -40,6 +40,9 @@ LLAMA = '{"name": "find", "parameters": {"text": "x", "count": 2}}'
         ("<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
         ('{"name": "find", "parameters": 3}', '{"name": "find", "parameters": 3}', []),
         ('{"a": 1}', '{"a": 1}', []),
+        ("[" * 10**5, "[" * 10**5, []),
+        (f"<tool_call>{'[' * 10**5}</tool_call>", f"<tool_call>{'[' * 10**5}</tool_call>", []),
+        (QWEN.replace("ä", "\\ud83d"), "", [("find", {"text": "\ud83d", "count": 2})]),
     ],
 )
 def test_calls_and_what_is_said_beside_them(text, said, calls):
@@ -47,3 +50,11 @@ def test_calls_and_what_is_said_beside_them(text, said, calls):
     assert rest == said and [call["name"] for call in found] == [name for name, _ in calls]
     for call, (_, arguments) in zip(found, calls, strict=True):
         assert arguments is None or json.loads(call["arguments"]) == arguments
+        call["arguments"].encode()  # it can be sent
+
+
+@pytest.mark.parametrize("schema", [True, {"properties": {"text": True}}, {"properties": []}])
+def test_schemas_that_say_nothing(schema):
+    tool = {"name": "find", "parameters": schema}
+    ((call,)) = parse_tool_calls(GLM, [tool])[1]
+    assert json.loads(call["arguments"]) == {"text": 12, "count": 2}

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import pathlib
+import select
+import subprocess
 import sys
 import threading
 import time
@@ -55,7 +57,7 @@ class Shut:
         return int, ("x",)
 
 
-SCOPE = {m.__name__: m for m in (os, pathlib, sys, threading, time)} | {"Shut": Shut}
+SCOPE = {m.__name__: m for m in (os, pathlib, subprocess, sys, threading, time)} | {"Shut": Shut}
 
 
 class Evaluating:
@@ -184,3 +186,22 @@ def test_closing_ends_what_still_runs(tmp_path):
         (process,) = set(multiprocessing.active_children()) - before
     assert hangs.result(timeout=0).failure == "crash" and waits.cancel()
     assert not process.is_alive()
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_what_a_reward_has_started_ends_with_it(tmp_path, hangs):
+    for name in ("held", "go"):
+        os.mkfifo(tmp_path / name)
+    held, go = str(tmp_path / "held"), str(tmp_path / "go")
+    code = f"import os, time; os.open({held!r}, os.O_WRONLY); time.sleep(3600)"
+    started = f"subprocess.Popen([sys.executable, '-c', {code!r}])"
+    text = f"{started}.wait()" if hangs else f"({started}, open({go!r}).read(), os._exit(1))"
+    with Isolated("test_isolated:Evaluating", {}, timeout_s=3.0 if hangs else 60.0) as isolated:
+        asked = isolated.score(TASK, turn(text))
+        read = os.open(held, os.O_RDONLY)  # until what it has started runs
+        if not hangs:
+            os.close(os.open(go, os.O_WRONLY))
+        assert asked.result(timeout=60).failure == ("timeout" if hangs else "crash")
+        ended = select.select([read], [], [], 30)[0] and os.read(read, 1) == b""
+        os.close(read)
+    assert ended  # nobody holds it any more

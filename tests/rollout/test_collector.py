@@ -201,6 +201,18 @@ def test_turns_end_at_their_limit_and_where_there_is_no_room(tokenizer, isolated
     assert engine.samplings[0].max_tokens == 60 - len(engine.prompts[0])
 
 
+def test_turns_of_the_tasks_own_examples_are_not_counted(tokenizer, isolated):
+    class Shown(Asks):
+        def task(self, index):
+            said = [{"role": r, "content": "so"} for r in ("user", "assistant") * 3]
+            return Task("shown", (*said, {"role": "user", "content": "go"}))
+
+    (group,), _, engine = collected(
+        tokenizer, isolated, "a", "b", "c", environment=Shown(), max_turns=2
+    )
+    assert len(engine.prompts) == 2 and group.rollouts[0].reward == 5.0
+
+
 def test_a_group_has_all_its_rollouts_and_groups_come_in_order(tokenizer, isolated):
     lines = ["done", "x", "done", "done", "zero done", "done", "done"]
     groups, _, _ = collected(tokenizer, isolated, *lines, count=2, group_size=3)

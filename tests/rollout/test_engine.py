@@ -243,6 +243,18 @@ def test_a_completion_ends_where_the_context_does():
     assert (len(completion.tokens), completion.finish) == (4, "length")
 
 
+def test_what_is_not_finite_stays_with_the_request_that_it_came_from():
+    made = engine(limits=dataclasses.replace(LIMITS, cache_tokens=64))
+    expected = tokens_of(made.generate([[5, 6, 7]], GREEDY))
+    good = made._weights
+    made.set_weights(jax.tree.map(lambda w: w * jnp.nan, good), 1)
+    made.generate([[1] * 30, [2] * 20], GREEDY)  # every page, and nobody's, has been written
+    made.set_weights(good, 2)
+    (request,) = made.generate([[5, 6, 7]], GREEDY)
+    assert tokens_of([request]) == expected
+    check("dense", request)
+
+
 def test_what_is_aborted_makes_room():
     made = engine()
     long = [made.submit([1, 2, 3], Sampling(max_tokens=50, n=2)) for _ in range(4)]

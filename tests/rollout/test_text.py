@@ -1,10 +1,8 @@
 """Text as its tokens come, and the stop texts that end it."""
 
-from types import SimpleNamespace
-
 import pytest
+from fallback import byte_fallback
 from tiny_run import tiny_checkpoint
-from tokenizers import Tokenizer, decoders, models
 
 from jaxrl.data.tokenizer import load_tokenizer
 from jaxrl.rollout.text import TextStream
@@ -43,23 +41,6 @@ def test_what_may_begin_a_stop_text_is_not_safe_yet(hf):
     assert TextStream(hf).safe == 0
 
 
-def byte_fallback(*words):
-    """A tokenizer like Llama 2's: these tokens, and behind them one of each byte."""
-    names = [*words, *(f"<0x{byte:02X}>" for byte in range(256))]
-    backend = Tokenizer(
-        models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True)
-    )
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return SimpleNamespace(backend_tokenizer=backend)
-
-
 def test_bytes_that_make_no_character_end_nothing():
     hf, euro = byte_fallback("▁x", "▁y"), [2 + byte for byte in "€".encode()]
     tokens, (stream, said) = [*euro, 2 + 0xFF, 0, 1, *euro, 0], (TextStream(hf, ("<end>",)), [])
@@ -76,3 +57,12 @@ def test_a_stop_text_is_found_in_what_a_new_stream_says():
     stream = TextStream(byte_fallback("▁x"), ("\ufffd x",))
     stops = [stream.add(token) for token in [1 + 0xC3, 1 + 0xA9, 1 + 0xFF, 0]]
     assert (stops, stream.text) == ([False, False, False, True], "é")
+
+
+def test_a_completion_begins_with_the_space_that_it_has_behind_its_prompt():
+    hf = byte_fallback("▁x", "▁y")
+    for prompt, text in (((0, 0), " y x"), ((), "y x"), ((2 + 0xC3,), "y x")):
+        stream = TextStream(hf, ("x y",), prompt)
+        assert not any([stream.add(token) for token in (1, 0)])
+        assert stream.text == text
+    assert TextStream(hf, (" y",), (0,)).add(1)

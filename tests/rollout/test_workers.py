@@ -193,6 +193,22 @@ def test_silence_lasts_from_the_first_failure_and_counts_no_idle_time():
     assert fails_at(1010.0) == 0.0
 
 
+def test_one_that_hangs_as_it_comes_back_holds_up_no_other(pool, fakes):
+    pool.set_weights("w", 0)
+    fakes[0].lost = True
+    finished(pool, [pool.submit([1]), pool.submit([1])])
+    fakes[0].begun.clear()
+    fakes[0].lost = fakes[0].loads = False
+    assert fakes[0].begun.wait(60)  # it takes its time
+    fakes[1].lost = True
+    request = pool.submit([1])
+    while "rollout worker w1 is lost: gone; its tasks go to others" not in pool.said:
+        pool.step()
+    fakes[1].lost = False
+    (completion,) = finished(pool, [request])[0].completions
+    assert completion.tokens == [1, 0] and not fakes[0].loads
+
+
 def test_what_workers_read_and_what_is_to_be_set_stays(pool, fakes):
     pool.set_weights("w", 3)
     for version in (4, 5, 6):
@@ -299,7 +315,7 @@ def recorder():
 
 def worker(recorder, kind, adapters=False):
     url = f"http://127.0.0.1:{recorder.server_port}/v1"
-    return http_worker(kind, url, adapters=adapters, api_key="k")
+    return http_worker(kind, url, adapters=adapters, vocab_size=100, api_key="k")
 
 
 def both(made):
@@ -416,6 +432,8 @@ BAD = [
     ("vllm", 200, good("vllm", token_ids=None), "token ids None"),
     ("vllm", 200, good("vllm", token_ids=[]), r"token ids \[\]"),
     ("vllm", 200, good("vllm", token_ids=["4"]), "token ids"),
+    ("vllm", 200, good("vllm", token_ids=[100]), r"token ids \[100\] of a model of 100"),
+    ("vllm", 200, good("vllm", token_ids=[4] * 8), "8 tokens where 7 may be drawn"),
     ("vllm", 200, good("vllm", token_ids=[4, 5]), "1 log-probs of 2 tokens"),
     ("vllm", 200, good("vllm", logprobs=None), "answers no completions"),
     ("vllm", 200, good("vllm", logprobs={"token_logprobs": [None]}), r"log-probs \[None\]"),
@@ -551,7 +569,7 @@ def test_what_an_answer_means(recorder, status, error, problem):
 
 
 def test_a_server_that_is_not_there():
-    made = http_worker("jaxrl", "http://127.0.0.1:9", adapters=False)
+    made = http_worker("jaxrl", "http://127.0.0.1:9", adapters=False, vocab_size=100)
     with pytest.raises(WorkerLost, match="ConnectError"):
         asyncio.run(made.complete([1], SAMPLING))
     with pytest.raises(ConfigError, match=r"no rollout server at http://127\.0\.0\.1:9: .*refused"):

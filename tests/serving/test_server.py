@@ -174,6 +174,9 @@ def test_tools_are_shown_by_the_template_and_calls_are_found(server, monkeypatch
 def test_models_health_and_metrics(server):
     (model,) = server.openai.models.list().data
     assert (model.id, model.model_extra["max_model_len"]) == ("tiny", 256)
+    assert server.openai.models.retrieve("tiny") == model
+    with pytest.raises(openai.NotFoundError, match="model 'a/b' is not served here; use 'tiny'"):
+        server.openai.models.retrieve("a/b")
     assert server.http.get("/health").status_code == 200
     drawn(server, "x", max_tokens=4)
     text = server.http.get("/metrics").text
@@ -206,6 +209,7 @@ def test_models_health_and_metrics(server):
         ({"messages": [{"role": "bot", "content": "x"}]}, 400, "has role 'bot'; one of system"),
         ({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, 400, "top_logprobs"),
         ({"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}, 400, "auto"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "its text cannot be encoded"),
         ({"prompt": "x", "stop": ["x"] * 65}, 400, "stop has 65 texts, the longest of 1 char"),
         ({"prompt": "x", "stop": "x" * 1025}, 400, "stop has 1 texts, the longest of 1025 char"),
         *(
@@ -220,7 +224,9 @@ def test_models_health_and_metrics(server):
 )
 def test_bad_requests_are_refused_in_one_line(server, asked, status, problem):
     path = "/v1/chat/completions" if "messages" in asked else "/v1/completions"
-    answer = server.http.post(path, json=asked)
+    # httpx would refuse to write half a character.
+    headers = {"Content-Type": "application/json"}
+    answer = server.http.post(path, content=json.dumps(asked), headers=headers)
     error = answer.json()["error"]
     assert answer.status_code == status and problem in error["message"]
     assert "\n" not in error["message"] and error["type"] == "invalid_request_error"
@@ -302,6 +308,34 @@ def test_a_request_that_takes_too_long_is_given_up(model, monkeypatch):
         assert answer.status_code == 504 and answer.json()["error"]["type"] == "timeout_error"
         events = server.http.post("/v1/completions", json=asked | {"stream": True}).text
         assert "the time of the request is over" in events and events.endswith("[DONE]\n\n")
+
+
+def test_prompts_of_one_request_are_drawn_together(model, server, monkeypatch):
+    step, waited = Engine.step, []
+
+    def counted(engine):
+        waited.append(engine.counts["waiting"])
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    asked = ["a", "bc", "d", "efg", "h", "ij"]
+    together = drawn(server, asked, max_tokens=2, temperature=0)
+    assert waited[0] == 6
+    alone = [drawn(server, prompt, max_tokens=2, temperature=0)[0] for prompt in asked]
+    assert [c["token_ids"] for c in together] == [c["token_ids"] for c in alone]
+    waited.clear()
+    too_long = {"prompt": ["a", "b", "x" * 300], "max_tokens": 2}
+    assert server.http.post("/v1/completions", json=too_long).status_code == 400
+    assert not waited and not server.served.service.engine.busy
+
+
+def test_what_is_null_is_left_open(server):
+    open_ = dict.fromkeys(("temperature", "top_p", "n", "stream", "stop", "seed", "logit_bias"))
+    asked = {"prompt": "x", "max_tokens": 2, "echo": None, "logprobs": None, **open_}
+    assert server.http.post("/v1/completions", json=asked).status_code == 200
+    asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "tools": None}
+    answer = server.openai.chat.completions.create(model="tiny", **asked, **open_)
+    assert answer.choices[0].finish_reason == "length"
 
 
 def test_a_key_opens_what_is_locked(model):

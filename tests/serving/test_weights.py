@@ -15,7 +15,7 @@ from jaxrl.models.lora import LoraConfig, add_lora
 from jaxrl.models.peft import save_adapter
 from jaxrl.models.transformer import Transformer, initialize
 from jaxrl.rollout.engine import Engine
-from jaxrl.serving import start
+from jaxrl.serving import served, start
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,28 @@ def test_new_weights_take_over_in_the_middle_of_a_request(model, server, other, 
     back = server.http.post("/update_weights_from_disk", json={"model_path": str(model)})
     assert back.status_code == 200
     assert drawn(server, "abc", **asked)[0] == before
+
+
+def test_a_folder_is_read_when_all_of_it_is_there(model, server, tmp_path, monkeypatch):
+    folder = shutil.copytree(model, tmp_path / "new")
+    update = {"model_path": str(folder), "marker": "COMPLETE"}
+    monkeypatch.setattr(served, "WHOLE_S", 0.0)
+    answer = server.http.post("/update_weights_from_disk", json=update)
+    assert answer.status_code == 408
+    assert f"{folder} has no COMPLETE: it is not whole" in answer.json()["error"]["message"]
+    looks, is_file = [], served.Path.is_file
+
+    def look(path):
+        looks.append(path)
+        if len(looks) == 3:
+            path.touch()
+        return is_file(path)
+
+    monkeypatch.setattr(served, "WHOLE_S", 60.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(served, "Path", type("Looks", (type(folder),), {"is_file": look}))
+        assert server.http.post("/update_weights_from_disk", json=update).status_code == 200
+    assert len(looks) == 3
 
 
 def no_file(name):

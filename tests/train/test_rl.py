@@ -265,19 +265,32 @@ def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_next_run(
     ]
 
 
-def test_what_was_learned_is_saved_where_no_more_rollouts_can_be_had(model, tmp_path, monkeypatch):
-    gather = train_rl.gather
+@pytest.mark.parametrize(
+    ("what", "call", "step"), [("gather", 3, 2), ("update", 3, 2), ("evaluate", 2, 2)]
+)
+def test_what_was_learned_is_saved_where_those_who_draw_are_lost(
+    model, tmp_path, monkeypatch, what, call, step
+):
+    """At the call of a number: of updates and evaluations the first is before the first step."""
+    real, calls = getattr(train_rl, what), []
 
-    def lost(run, step, stop):
-        if step == 2:
+    def lost(*args):
+        calls.append(args)
+        if len(calls) == call:
             raise HostLostError("none of the rollout workers answers")
-        return gather(run, step, stop)
+        return real(*args)
 
-    monkeypatch.setattr(train_rl, "gather", lost)
-    with pytest.raises(HostLostError):
-        rl(model, tmp_path / "run", "checkpoint.every=0")
+    flags = ("checkpoint.every=0", "max_steps=3" if what == "gather" else "max_steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rl, what, lost)
+        with pytest.raises(HostLostError):
+            rl(model, tmp_path / "run", *flags)
     with Checkpoints(tmp_path / "run/checkpoints", read_only=True) as checkpoints:
-        assert checkpoints.steps() == [2]
+        assert checkpoints.steps() == [step]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
+    assert rl(model, tmp_path / "run", *flags) == 0  # and goes on, or is evaluated
+    last = metrics(tmp_path / "run")[-1]
+    assert last["step"] == (3 if what == "gather" else 2) and "eval/reward_mean" in last
 
 
 def test_where_every_rollout_fails_the_run_says_why_and_ends(model, tmp_path):
@@ -304,6 +317,7 @@ def test_learns(model, tmp_path):
         (("env.options={",), r"config.env.options is '{', no JSON"),
         (("env.options=[1]",), r"config.env.options is '\[1\]', no JSON object; write e.g."),
         (('env.options={"x": 1}',), r"unexpected keyword argument 'x'; it takes seed, fails"),
+        (('env.options={"count": 0}',), r"environment test_rl:Letters has no tasks with config"),
         (("eval.tasks=50",), r"config.eval.tasks is 50, and the held-out environment has 40"),
         (("algorithm.group_size=1",), r"config.algorithm.group_size is 1"),
         (("rollout.temperature=0.0",), r"config.rollout.temperature is 0.0"),

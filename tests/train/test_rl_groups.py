@@ -105,10 +105,10 @@ class Generation:
         self.recorded[number] = mean
 
 
-def gather(groups, tmp_path, step=3, **config):
-    """(run, what `gather` finds) of a run that draws these groups."""
+def drawing(groups, tmp_path, **config):
+    """A run that draws these groups."""
     said = []
-    run = types.SimpleNamespace(
+    return types.SimpleNamespace(
         config=dataclasses.replace(CONFIG, output=str(tmp_path), **config),
         drawing=Generation(groups),
         drawn=[],
@@ -117,7 +117,32 @@ def gather(groups, tmp_path, step=3, **config):
         console=types.SimpleNamespace(say=lambda text, style: said.append(text)),
         said=said,
     )
+
+
+def gather(groups, tmp_path, step=3, **config):
+    """(run, what `gather` finds) of a run that draws these groups."""
+    run = drawing(groups, tmp_path, **config)
     return run, rl.gather(run, step, types.SimpleNamespace(requested=False))
+
+
+def test_all_processes_train_on_groups_in_one_order(tmp_path, monkeypatch):
+    said = []
+
+    def from_first(ask):
+        if rl.is_reporter():
+            said.append(json.dumps(ask()))
+        return json.loads(said[0])
+
+    monkeypatch.setattr(rl.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(rl, "from_first", from_first)
+    found = []
+    arrived = [group(9, 0.0, 1.0), group(2, 0.0, 1.0), group(5, 1.0, 1.0), group(4, 1.0, 0.0)]
+    for first, groups in ((True, arrived), (False, [])):
+        monkeypatch.setattr(rl, "is_reporter", lambda first=first: first)
+        run = drawing(groups, tmp_path, tasks_per_step=3)
+        good = rl.gather_for_all(run, 3, types.SimpleNamespace(requested=False))
+        found.append([(g.number, [r.tokens for r in g.rollouts]) for g in good])
+    assert found[0] == found[1] and [number for number, _ in found[0]] == [2, 4, 9]
 
 
 def test_waits_for_groups_that_teach_and_counts_the_others(tmp_path):
