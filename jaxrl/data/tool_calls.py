@@ -50,7 +50,7 @@ def _json_call(text: str) -> dict[str, str] | None:
     arguments = found.get("arguments", found.get("parameters", {}))
     if not isinstance(arguments, dict):
         return None
-    return {"name": found["name"], "arguments": _written(arguments)}
+    return _call(found["name"], arguments)
 
 
 def _pairs_call(text: str, known: Mapping[Any, Mapping[str, Any]]) -> dict[str, str] | None:
@@ -62,7 +62,7 @@ def _pairs_call(text: str, known: Mapping[Any, Mapping[str, Any]]) -> dict[str, 
     arguments = {
         key.strip(): _value(value, types.get(key.strip())) for key, value in _PAIR.findall(text)
     }
-    return {"name": name, "arguments": _written(arguments)}
+    return _call(name, arguments)
 
 
 def _mapping(schema: Any) -> Mapping[str, Any]:
@@ -70,11 +70,15 @@ def _mapping(schema: Any) -> Mapping[str, Any]:
     return schema if isinstance(schema, Mapping) else {}
 
 
-def _written(arguments: Mapping[str, Any]) -> str:
-    """As JSON that can be encoded."""
-    text = json.dumps(arguments, ensure_ascii=False)
-    half = any("\ud800" <= c <= "\udfff" for c in text)  # an escape of half a character
-    return json.dumps(arguments) if half else text
+def _call(name: str, arguments: Mapping[str, Any]) -> dict[str, str] | None:
+    """With arguments as JSON that can be encoded."""
+    try:
+        text = json.dumps(arguments, ensure_ascii=False)
+    except RecursionError:
+        return None
+    if any("\ud800" <= c <= "\udfff" for c in text):  # an escape of half a character
+        text = json.dumps(arguments)
+    return {"name": name, "arguments": text}
 
 
 def _value(text: str, kind: Any) -> Any:

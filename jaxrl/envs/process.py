@@ -73,18 +73,21 @@ class EnvironmentProcess:
             failure = "timeout"
         except EOFError:
             failure = "crash"
-        self.end()
+        self.end(just_ended=True)
         return Outcome(failure=failure)
 
-    def end(self) -> None:
-        """End the process; what is asked next has another one."""
+    def end(self, *, just_ended: bool = False) -> None:
+        """End the process, and all that it has started; what is asked next has another one.
+        just_ended: it may have, now; of one that did long ago the number may be another's."""
         if self._open is not None:
             (process, pipe), self._open = self._open, None
             pipe.close()
+            with_others = just_ended or process.is_alive()
             process.terminate()
             process.join(_END_S)
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+                if with_others:
+                    os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join(_END_S)
 
@@ -144,7 +147,8 @@ def packed(what: str, task: Any, messages: Any) -> bytes:
 
 def _serve(pipe: Connection, name: str, options: str) -> None:
     """What the process does, until the other end of the pipe is closed."""
-    os.setsid()  # it ends with all that it starts
+    os.setsid()  # it ends with all that it starts, and with who started it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer's to take
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     failure = environment = None
@@ -158,6 +162,13 @@ def _serve(pipe: Connection, name: str, options: str) -> None:
             asked = pipe.recv_bytes()
             pipe.send_bytes(json_bytes("taken up"))
             pipe.send_bytes(_answer(environment, asked))
+
+
+def _end_with_parent() -> None:
+    """What ends the trainer's processes does not reach this one's session."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os.killpg(0, signal.SIGKILL)
 
 
 def _answer(environment: Environment, asked: bytes) -> bytes:

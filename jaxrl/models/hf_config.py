@@ -259,14 +259,14 @@ def _rope(
         rope |= said
     given = {key: value for key, value in rope.items() if value is not None}
     either = functools.partial(_number, {**raw, **given}, name, kind=float)
-    theta, partial = either("rope_theta", 0) or 10000.0, either("partial_rotary_factor", 0)
+    theta = either("rope_theta", 0) or 10000.0
+    partial = either("partial_rotary_factor", 1.0 if partial_default is None else partial_default)
     rope.pop("rope_theta", None)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if partial_default is None and partial not in (0, 1):
+    if partial_default is None and partial != 1:
         raise CheckpointError(
             f"{name}/config.json: partial_rotary_factor {partial} is not supported; supported: 1"
         )
-    partial = partial or partial_default or 1.0
     if kind not in ("default", "llama3") or any(isinstance(v, dict) for v in rope.values()):
         raise CheckpointError(
             f"{name}/config.json: rope type {kind!r} with {sorted(rope)} is not supported; "
@@ -296,12 +296,14 @@ def _number(
     default: float | None = None,
     alias: str | None = None,
     kind: Any = int,
-):
+) -> Any:
     """What `raw` has of a key or, where that is missing or null, of another one; else the default.
     Raises `CheckpointError` for a value, or a default, of another kind."""
     value = raw.get(key)
     value = raw.get(alias) if value is None and alias is not None else value
-    value = default if value is None else value
+    value: Any = default if value is None else value
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if isinstance(value, int | kind) and (kind is bool) == isinstance(value, bool):
         return kind(value)
     sort = {int: "a whole number", float: "a number", bool: "true or false"}[kind]

@@ -12,14 +12,8 @@ from jaxrl.rollout.requests import Sampling
 STOP_TEXTS, STOP_LENGTH = 64, 1024
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    include_usage: bool = False
-
-
-class Generation(BaseModel):
-    """What both kinds of requests have. A field that is not known is refused: it would be ignored
-    where the client counts on it."""
+class Asked(BaseModel):
+    """A field that is not known is refused: it would be ignored where the client counts on it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,6 +24,14 @@ class Generation(BaseModel):
         if not isinstance(values, dict):
             return values
         return {name: value for name, value in values.items() if value is not None}
+
+
+class StreamOptions(Asked):
+    include_usage: bool = False
+
+
+class Generation(Asked):
+    """What both kinds of requests have."""
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -142,12 +144,11 @@ class ChatRequest(Generation):
             raise ConfigError("response_format other than text is not offered here; leave it out")
 
 
-class UpdateRequest(BaseModel):
+class UpdateRequest(Asked):
     """`POST /update_weights_from_disk`. model_path: a Hugging Face folder of the same model, or a
     PEFT adapter's. version: of the weights; default one more than before. marker: the name of a
     file in it that is there when all others are, and is waited for."""
 
-    model_config = ConfigDict(extra="forbid")
     model_path: str
     version: int | None = Field(None, ge=0, lt=2**53)
     marker: str | None = Field(None, pattern=r"^\w+$")

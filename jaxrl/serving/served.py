@@ -50,10 +50,17 @@ class Served:
 
 async def _come(file: Path) -> None:
     deadline = time.monotonic() + WHOLE_S
-    while not file.is_file():
+    while not await asyncio.to_thread(_is_there, file):  # a shared disk may take its time
         if time.monotonic() >= deadline:
             raise NotWhole(
                 f"{file.parent} has no {file.name}: it is not whole, or not all of it is seen on "
                 "the server's host"
             )
         await asyncio.sleep(0.05)
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error

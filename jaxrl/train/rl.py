@@ -145,35 +145,38 @@ def fit(run: Run, state: TrainState, step: int) -> int:
         while step < config.max_steps and not stopped and not run.gave_up:
             began = time.perf_counter()
             profile.before(step + 1)
-            values: dict[str, float] = {}  # of a step that nobody was told of yet
-            try:
+            values: dict[str, float] = {}  # of a step that is not told of yet
+            try:  # what fails here fails in all processes
                 groups = gather_for_all(run, step, stop)
-                if groups is None:  # stopped: the last step is the last
-                    if step > saved:
-                        run.save(state, step, run.place)
-                    stopped = True
-                    break
-                state, values = one_step(run, state, step + 1, groups, began)
-                step += 1
-                trained = time.perf_counter()
-                update(run, state, step)
-                synced = time.perf_counter()
-                values |= {"sync_s": synced - trained, "total_s": synced - began}
-                stopped, last = any_process(stop.requested), step == config.max_steps
-                cut_short = stopped or run.gave_up
-                wanted = last or due(config.eval.every, step)
-                if config.eval.tasks and wanted and not cut_short:
-                    values |= evaluate(run)
+                if groups is not None:
+                    state, values = one_step(run, state, step + 1, groups, began)
+                    step += 1
+                    trained = time.perf_counter()
+                    update(run, state, step)
+                    synced = time.perf_counter()
+                    values |= {"sync_s": synced - trained, "total_s": synced - began}
+                    stopped, last = any_process(stop.requested), step == config.max_steps
+                    cut_short = stopped or run.gave_up
+                    wanted = last or due(config.eval.every, step)
+                    if config.eval.tasks and wanted and not cut_short:
+                        values |= evaluate(run)
+                    told, values = values, {}
+                    tell(run, step, told)
             except (ConfigError, HostLostError, OutputError):
-                if values:
-                    tell(run, step, values)
-                if step > saved:
-                    with contextlib.suppress(OutputError):  # the first error is the one to tell
+                with contextlib.suppress(OutputError):  # the first error is the one to show
+                    if values:
+                        tell(run, step, values)
+                with contextlib.suppress(OutputError):
+                    if step > saved:
                         run.save(state, step, run.place)
                         run.checkpoints.wait()
                 raise
+            if groups is None:  # stopped: the last step is the last
+                if step > saved:
+                    run.save(state, step, run.place)
+                stopped = True
+                break
             profile.after(step)
-            tell(run, step, values)
             if cut_short or last or due(config.checkpoint.every, step):
                 run.save(state, step, run.place)
                 saved = step
@@ -243,8 +246,8 @@ def one_step(
 
 
 def tell(run: Run, step: int, values: dict[str, float]) -> None:
-    """The metrics of a step, to whoever asked for them."""
-    run.monitor.log(step, values)
+    """The metrics of a step, to whoever asked for them. Raises OutputError in all processes."""
+    from_first(lambda: run.monitor.log(step, values))
     run.console.step(step, values)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 
+from jaxrl.cli import writing
 from jaxrl.models.safetensors_folder import write_json
 from jaxrl.monitor import Monitor, Silent
 from jaxrl.options import flat
 from jaxrl.parallel.distributed import is_reporter
+from jaxrl.parallel.first_process import from_first
 from jaxrl.perf.flops import active_lora_params
 from jaxrl.perf.meter import Meter
 from jaxrl.progress import RunConsole
@@ -87,10 +89,16 @@ def begin(
     console = RunConsole(total, step, every=config.log_every, quiet=quiet)
     for line in said:
         console.say(line)
+    made: list[Monitor] = []
+
+    def make_monitor() -> None:
+        made.append(stack.enter_context(open_monitor(config, output, -1 if fresh else step)))
+
+    from_first(make_monitor)
     session = Session(
         program=program,
         checkpoints=checkpoints,
-        monitor=stack.enter_context(open_monitor(config, output, -1 if fresh else step)),
+        monitor=made[0] if made else Silent(),
         console=stack.enter_context(console),
         meter=make_meter(config, program),
         source={
@@ -109,12 +117,11 @@ def due(every: int, step: int) -> bool:
 
 
 def open_monitor(config: RunConfig, output: pathlib.Path, resumed_at: int | None) -> Monitor:
-    """Where the run's scalars go; of processes other than the first, nowhere."""
-    if not is_reporter():
-        return Silent()
-    output.mkdir(parents=True, exist_ok=True)
+    """Where the run's scalars go. Raises OutputError where nothing can be written there."""
     shown = flat(dataclasses.asdict(config))
-    write_json(output / "config.json", dataclasses.asdict(config))
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "config.json", dataclasses.asdict(config))
     trackers: list[Tracker] = []
     if config.wandb:
         trackers.append(start(Wandb, config.wandb, output, shown))

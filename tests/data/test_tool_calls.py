@@ -53,6 +53,12 @@ def test_calls_and_what_is_said_beside_them(text, said, calls):
         call["arguments"].encode()  # it can be sent
 
 
+def test_arguments_of_any_depth_end_nothing():
+    for depth in range(1, 4000, 7):
+        deep = GLM.replace(">12<", f">{'[' * depth}{']' * depth}<").replace("text", "count")
+        assert len(parse_tool_calls(deep, TOOLS)[1]) <= 1
+
+
 @pytest.mark.parametrize("schema", [True, {"properties": {"text": True}}, {"properties": []}])
 def test_schemas_that_say_nothing(schema):
     tool = {"name": "find", "parameters": schema}

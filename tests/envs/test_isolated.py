@@ -188,20 +188,61 @@ def test_closing_ends_what_still_runs(tmp_path):
     assert not process.is_alive()
 
 
+def fifo(path) -> int:
+    """The end to read of a new one; nobody writes yet."""
+    os.mkfifo(path)
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+
+def next_of(end: int) -> bytes:
+    """A byte, or nothing once all who may write are gone."""
+    assert select.select([end], [], [], 60)[0], "nobody writes, and somebody still may"
+    return os.read(end, 1)
+
+
+def holds(path) -> str:
+    """A program that writes a byte there, and goes on with nothing."""
+    return f"import os, time; os.write(os.open({str(path)!r}, os.O_WRONLY), b'x'); time.sleep(3600)"
+
+
 @pytest.mark.parametrize("hangs", [True, False])
 def test_what_a_reward_has_started_ends_with_it(tmp_path, hangs):
-    for name in ("held", "go"):
-        os.mkfifo(tmp_path / name)
-    held, go = str(tmp_path / "held"), str(tmp_path / "go")
-    code = f"import os, time; os.open({held!r}, os.O_WRONLY); time.sleep(3600)"
-    started = f"subprocess.Popen([sys.executable, '-c', {code!r}])"
-    text = f"{started}.wait()" if hangs else f"({started}, open({go!r}).read(), os._exit(1))"
-    with Isolated("test_isolated:Evaluating", {}, timeout_s=3.0 if hangs else 60.0) as isolated:
+    held = fifo(tmp_path / "held")
+    os.mkfifo(tmp_path / "go")
+    started = f"subprocess.Popen([sys.executable, '-c', {holds(tmp_path / 'held')!r}])"
+    text = f"({started}, open({str(tmp_path / 'go')!r}).read(), os._exit(1))"
+    if hangs:
+        text = f"{started}.wait()"
+    with Isolated("test_isolated:Evaluating", {}, timeout_s=6.0 if hangs else 60.0) as isolated:
         asked = isolated.score(TASK, turn(text))
-        read = os.open(held, os.O_RDONLY)  # until what it has started runs
+        assert next_of(held) == b"x"
         if not hangs:
-            os.close(os.open(go, os.O_WRONLY))
+            os.close(os.open(tmp_path / "go", os.O_WRONLY))
         assert asked.result(timeout=60).failure == ("timeout" if hangs else "crash")
-        ended = select.select([read], [], [], 30)[0] and os.read(read, 1) == b""
-        os.close(read)
-    assert ended  # nobody holds it any more
+        assert next_of(held) == b""
+    os.close(held)
+
+
+TRAINER = """
+import sys
+from jaxrl.envs.isolated import Isolated
+from test_isolated import TASK, turn
+if __name__ == "__main__":
+    with Isolated("test_isolated:Evaluating", {}, timeout_s=3600) as isolated:
+        isolated.score(TASK, turn(sys.argv[1])).result()
+"""
+
+
+def test_a_reward_that_hangs_ends_with_the_trainer(tmp_path):
+    held = fifo(tmp_path / "held")
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    path = os.pathsep.join([str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    trainer = subprocess.Popen(
+        [sys.executable, str(tmp_path / "trainer.py"), f"exec({holds(tmp_path / 'held')!r})"],
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert next_of(held) == b"x"
+    trainer.kill()
+    trainer.wait()
+    assert next_of(held) == b""
+    os.close(held)

@@ -100,6 +100,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.*'llama3'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+        ({"partial_rotary_factor": 0}, "partial_rotary_factor 0.0.*supported: 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5.*supported: 1"),
         (WINDOWED, "use_sliding_window True.*supported: False"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),

@@ -193,20 +193,23 @@ def test_silence_lasts_from_the_first_failure_and_counts_no_idle_time():
     assert fails_at(1010.0) == 0.0
 
 
-def test_one_that_hangs_as_it_comes_back_holds_up_no_other(pool, fakes):
-    pool.set_weights("w", 0)
-    fakes[0].lost = True
-    finished(pool, [pool.submit([1]), pool.submit([1])])
-    fakes[0].begun.clear()
-    fakes[0].lost = fakes[0].loads = False
-    assert fakes[0].begun.wait(60)  # it takes its time
-    fakes[1].lost = True
-    request = pool.submit([1])
-    while "rollout worker w1 is lost: gone; its tasks go to others" not in pool.said:
-        pool.step()
-    fakes[1].lost = False
-    (completion,) = finished(pool, [request])[0].completions
-    assert completion.tokens == [1, 0] and not fakes[0].loads
+def test_one_that_hangs_as_it_comes_back_holds_up_no_other(fakes, monkeypatch):
+    monkeypatch.setattr(workers, "PROBE_S", 0.01)
+    said = []
+    with WorkerPool(fakes, Folders(), say=said.append, patience_s=60.0) as pool:
+        pool.set_weights("w", 0)
+        fakes[0].lost = True
+        finished(pool, [pool.submit([1]), pool.submit([1])])
+        fakes[0].begun.clear()
+        fakes[0].lost = fakes[0].loads = False
+        assert fakes[0].begun.wait(60)  # it takes its time
+        fakes[1].lost = True
+        request = pool.submit([1])
+        while "rollout worker w1 is lost: gone; its tasks go to others" not in said:
+            pool.step()
+        fakes[1].lost = False
+        (completion,) = finished(pool, [request])[0].completions
+        assert completion.tokens == [1, 0] and not fakes[0].loads
 
 
 def test_what_workers_read_and_what_is_to_be_set_stays(pool, fakes):

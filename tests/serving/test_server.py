@@ -333,6 +333,8 @@ def test_what_is_null_is_left_open(server):
     open_ = dict.fromkeys(("temperature", "top_p", "n", "stream", "stop", "seed", "logit_bias"))
     asked = {"prompt": "x", "max_tokens": 2, "echo": None, "logprobs": None, **open_}
     assert server.http.post("/v1/completions", json=asked).status_code == 200
+    stream = {"stream": True, "stream_options": {"include_usage": None}}
+    assert server.http.post("/v1/completions", json=asked | stream).status_code == 200
     asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "tools": None}
     answer = server.openai.chat.completions.create(model="tiny", **asked, **open_)
     assert answer.choices[0].finish_reason == "length"

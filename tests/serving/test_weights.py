@@ -101,6 +101,9 @@ def test_a_folder_is_read_when_all_of_it_is_there(model, server, tmp_path, monke
     answer = server.http.post("/update_weights_from_disk", json=update)
     assert answer.status_code == 408
     assert f"{folder} has no COMPLETE: it is not whole" in answer.json()["error"]["message"]
+    long = update | {"model_path": "/" + "x" * 300}  # what the system itself refuses
+    answer = server.http.post("/update_weights_from_disk", json=long)
+    assert answer.status_code == 400 and "cannot be read" in answer.json()["error"]["message"]
     looks, is_file = [], served.Path.is_file
 
     def look(path):

@@ -266,12 +266,13 @@ def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_next_run(
 
 
 @pytest.mark.parametrize(
-    ("what", "call", "step"), [("gather", 3, 2), ("update", 3, 2), ("evaluate", 2, 2)]
+    ("what", "call", "step"),
+    [("gather", 3, 2), ("update", 3, 2), ("evaluate", 2, 2), ("tell", 3, 2)],
 )
 def test_what_was_learned_is_saved_where_those_who_draw_are_lost(
     model, tmp_path, monkeypatch, what, call, step
 ):
-    """At the call of a number: of updates and evaluations the first is before the first step."""
+    """At the call of a number: but for gathering, the first is before the first step."""
     real, calls = getattr(train_rl, what), []
 
     def lost(*args):
@@ -287,7 +288,8 @@ def test_what_was_learned_is_saved_where_those_who_draw_are_lost(
             rl(model, tmp_path / "run", *flags)
     with Checkpoints(tmp_path / "run/checkpoints", read_only=True) as checkpoints:
         assert checkpoints.steps() == [step]
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
+    told = [0, 1] if what == "tell" else [0, 1, 2]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == told
     assert rl(model, tmp_path / "run", *flags) == 0  # and goes on, or is evaluated
     last = metrics(tmp_path / "run")[-1]
     assert last["step"] == (3 if what == "gather" else 2) and "eval/reward_mean" in last
