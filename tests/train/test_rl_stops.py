@@ -12,6 +12,7 @@ from processes import ROOT, TESTS
 from test_rl import command, rl, task_of
 from tiny_run import assert_alike, metrics, tiny_checkpoint
 
+from jaxrl.envs.order import TaskOrder
 from jaxrl.train import rl as train_rl
 from jaxrl.train.checkpoint import Checkpoints
 
@@ -29,9 +30,8 @@ def whole(model, tmp_path_factory) -> pathlib.Path:
     return output
 
 
-def stopping(folder, whole, step, how) -> str:
-    """The environment with a task of `step` whose first reward ends the run, once."""
-    at = task_of(whole, step=step)
+def stopping(folder, at, how) -> str:
+    """The environment with a task `at` whose first reward ends the run, once."""
     return "env.options=" + json.dumps({"at": at, "stops": str(folder / "stopped"), "how": how})
 
 
@@ -43,7 +43,7 @@ def groups(output) -> list[tuple[int, int]]:
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(model, whole, tmp_path, monkeypatch):
-    flags = (stopping(tmp_path, whole, 4, "SIGKILL"), "checkpoint.every=1")
+    flags = (stopping(tmp_path, task_of(whole, step=4), "SIGKILL"), "checkpoint.every=1")
     path = os.pathsep.join([*TESTS, os.environ.get("PYTHONPATH", "")])
     killed = subprocess.run(
         [sys.executable, "-m", "jaxrl.rl", *command(model, tmp_path / "run", *flags)],
@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(model, whole, tmp_path, m
     assert groups(tmp_path / "run") == groups(whole)
 
 
-def test_beside_the_trainer_what_was_in_flight_is_drawn_again(model, whole, tmp_path, monkeypatch):
+def test_beside_the_trainer_what_was_in_flight_is_drawn_again(model, tmp_path, monkeypatch):
     made, programs = train_rl.rl_program, []
 
     def program(*args):
@@ -76,16 +76,17 @@ def test_beside_the_trainer_what_was_in_flight_is_drawn_again(model, whole, tmp_
         return programs[-1]
 
     monkeypatch.setattr(train_rl, "rl_program", program)
-    flags = ("rollout.max_staleness=1", "eval.tasks=0", "max_steps=6", "checkpoint.every=0")
-    flags += (stopping(tmp_path, whole, 3, "SIGTERM"),)
+    flags = ("rollout.max_staleness=1", "eval.tasks=0", "max_steps=8", "checkpoint.every=0")
+    # Eight groups are ahead at most: it is begun when twelve others were handed out.
+    flags += (stopping(tmp_path, f"0/{TaskOrder(40, 0).index(20)}", "SIGTERM"),)
     assert rl(model, tmp_path / "run", *flags) == 0
     stopped = metrics(tmp_path / "run")[-1]["step"]
-    assert (tmp_path / "stopped").exists() and stopped < 6
+    assert (tmp_path / "stopped").exists() and 0 < stopped < 8
     with Checkpoints(tmp_path / "run/checkpoints", read_only=True) as checkpoints:
         in_flight = checkpoints.extra()[1]["data"]["again"]
     assert in_flight
     assert rl(model, tmp_path / "run", *flags) == 0
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7, 8]
     drawn = [number for _, number in groups(tmp_path / "run")]
     with Checkpoints(tmp_path / "run/checkpoints", read_only=True) as checkpoints:
         place = checkpoints.extra()[1]["data"]
