@@ -7,6 +7,7 @@ tests/validation.py.
 
 import datetime
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -25,7 +26,7 @@ import jax
 import pytest
 from jaxrl._platform import has_nvidia_gpu
 
-from validation import Validation
+from validation import Validation, holds_gpu_tests
 
 VALIDATION = Validation()
 COMPILED: list[str] = []  # the folder of compiled programs, in the process that made it
@@ -55,6 +56,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     for folder in COMPILED:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+    """`pytest -m gpu` imports the kernels' tests only: the others take a minute, and packages that
+    it needs not."""
+    if config.getoption("markexpr") != "gpu" or holds_gpu_tests(collection_path):
+        return None
+    return True
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:

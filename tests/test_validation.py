@@ -1,7 +1,11 @@
 """A run that has not shown that a kernel works must not say so: every way to run a part of it."""
 
+import ast
+import pathlib
+import sys
+
 import pytest
-from validation import Validation
+from validation import Validation, holds_gpu_tests
 
 pytest_plugins = ["pytester"]
 
@@ -71,3 +75,18 @@ def test_nor_does_a_run_that_failed_or_stopped(run):
     assert run("-x", other="False") == "2 tests did not run"
     assert run(mine="pytest.skip()") == "2 tests did not run"
     assert run(mine="pytest.exit('stopped')") is not None
+
+
+def test_what_a_gpu_run_imports_is_what_its_command_installs():
+    """README: pip install -e ".[cuda]" pytest pytest-xdist hypothesis."""
+    folder = pathlib.Path(__file__).parent
+    files = [file for file in folder.rglob("test_*.py") if holds_gpu_tests(file)]
+    assert holds_gpu_tests(folder / "ops")
+    assert not holds_gpu_tests(folder / "serving")
+    ours = {"jaxrl", "jaxrl_kernels", "scripts", "validation"}
+    known = {"jax", "numpy", "pytest", "hypothesis"} | ours | set(sys.stdlib_module_names)
+    for file in (*files, folder / "conftest.py", folder / "scripts.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else names
+            assert {name.partition(".")[0] for name in names} <= known, file

@@ -1,8 +1,15 @@
 """Which kernels a test run has validated: those all of whose tests were run, and passed."""
 
 import collections
+import pathlib
 
 import pytest
+
+
+def holds_gpu_tests(path: pathlib.Path) -> bool:
+    """Whether a file of tests, or one in this folder, has a test for `pytest -m gpu`."""
+    files = path.rglob("test_*.py") if path.is_dir() else [path]
+    return any(b"mark.gpu" in file.read_bytes() for file in files)
 
 
 class Validation:

@@ -231,7 +231,7 @@ ATTENTION = Op(
         Implementation("cudnn", _make_cudnn, _why_not_cudnn),
         Implementation("triton", _make_triton, _why_not_triton, ours=True),
         Implementation("tokamax", _make_tokamax, _why_not_tokamax),
-        Implementation("xla", lambda _: blocked_attention, _anywhere),
+        Implementation("xla", lambda _: blocked_attention, _anywhere, plain=True),
         Implementation("reference", _make_reference, _anywhere),
     ),
     never_auto=frozenset({"reference"}),

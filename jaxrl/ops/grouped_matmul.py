@@ -127,7 +127,7 @@ GROUPED_MATMUL = Op(
     (
         Implementation("triton", _make_triton, _why_not_triton, ours=True),
         Implementation("tokamax", _make_tokamax, _why_not_tokamax),
-        Implementation("xla", lambda _: grouped_matmul_xla.grouped_matmul, _anywhere),
+        Implementation("xla", lambda _: grouped_matmul_xla.grouped_matmul, _anywhere, plain=True),
         Implementation("reference", lambda _: reference.grouped_matmul, _anywhere),
     ),
     never_auto=frozenset({"reference"}),

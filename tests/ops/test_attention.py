@@ -14,6 +14,7 @@ from jaxrl.ops import registry
 from jaxrl.ops.attention import resolve_attention
 from jaxrl.ops.attention_xla import blocked_attention
 from jaxrl.ops.registry import Target
+from jaxrl.options import ConfigError
 
 
 def inputs(B, T, N, K, H, dtype=jnp.float32, seed=0):
@@ -213,15 +214,37 @@ def nothing_validated(monkeypatch):
 def test_auto_takes_what_others_have_validated():
     assert resolve("auto").name == "cudnn"
     assert resolve("auto", packed=True).name == "tokamax"
-    for why in (
-        {"target": CPU},
-        {"target": V100},
-        {"dtype": jnp.float32},
-        {"head_dim": 256},
-        {"head_dim": 100},
-        {"packed": True, "target": A6000},
-    ):
-        assert resolve("auto", **why).name == "xla"
+    assert resolve("auto", target=CPU).name == "xla"
+
+
+@pytest.mark.usefixtures("nothing_validated")
+@pytest.mark.parametrize(
+    ("why", "message"),
+    [
+        (
+            {"packed": True, "target": A6000},
+            r"on NVIDIA RTX A6000 \(sm_86\) \('cudnn' has no packed documents \(segment_ids\); "
+            "'tokamax' needs Hopper or Blackwell, and this is sm_86\\); use 'triton', whose tests "
+            r"have not run there \(pytest -m gpu\), or 'xla', which is many times slower",
+        ),
+        ({"dtype": jnp.float32}, "'cudnn' takes bfloat16 or float16, not float32"),
+        ({"head_dim": 256}, "use 'triton'"),
+        ({"head_dim": 100}, "use 'triton'"),
+    ],
+)
+def test_auto_leaves_the_choice_where_only_a_kernel_of_ours_could_run(why, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve("auto", **why)
+
+
+def test_auto_says_where_no_kernel_can_run(caplog):
+    registry._say_once.cache_clear()
+    assert resolve("auto", target=V100).name == "xla"
+    (record,) = caplog.records
+    assert record.message.startswith("attention 'xla' on Tesla V100")
+    assert "'triton' needs sm_80 or newer, and this is sm_70" in record.message
+    assert resolve("auto", target=CPU).name == "xla"
+    assert len(caplog.records) == 1
 
 
 def test_auto_takes_our_kernel_where_it_is_validated(monkeypatch):
@@ -235,7 +258,7 @@ def test_auto_takes_our_kernel_where_it_is_validated(monkeypatch):
 
 @pytest.mark.usefixtures("nothing_validated")
 def test_a_kernel_that_is_not_validated_runs_by_request_and_says_so(caplog):
-    registry._say_not_validated.cache_clear()
+    registry._say_once.cache_clear()
     assert resolve("triton", A6000).name == "triton"
     assert [r.message for r in caplog.records] == [
         "attention 'triton' is not validated on NVIDIA RTX A6000: its tests have not run there "

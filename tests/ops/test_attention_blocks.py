@@ -70,6 +70,7 @@ def test_blocks(implementation, causal, packed):
 
 
 @pytest.mark.gpu
+@pytest.mark.validates("attention triton")
 @pytest.mark.parametrize("H", [64, 128])
 @pytest.mark.parametrize(("causal", "packed"), [(True, False), (False, False), (False, True)])
 def test_blocks_on_gpu(H, causal, packed):
