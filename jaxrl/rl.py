@@ -14,14 +14,18 @@ together, and the rollouts are drawn by servers, `--config.rollout.servers=URL,U
 from collections.abc import Sequence
 
 from jaxrl import cli
+from jaxrl._platform import take_whole_gpus
 from jaxrl.parallel import distributed
+from jaxrl.perf.hardware import check_gpus_are_used
 from jaxrl.rl_config import RlConfig
 
 
 def main(argv: Sequence[str]) -> int:
     """Train as the command line says; returns the exit code."""
     config = cli.parse(RlConfig, argv, __doc__ or "")
+    take_whole_gpus()
     distributed.initialize()
+    check_gpus_are_used()
     from jaxrl.train.rl import train
 
     return train(config)

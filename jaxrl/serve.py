@@ -17,7 +17,9 @@ import sys
 from collections.abc import Sequence
 
 from jaxrl import cli
+from jaxrl._platform import take_whole_gpus
 from jaxrl.options import ConfigError
+from jaxrl.perf.hardware import check_gpus_are_used
 from jaxrl.serve_config import ServeConfig
 
 
@@ -27,6 +29,8 @@ def main(argv: Sequence[str]) -> int:
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f'{package} is not installed: pip install "jaxrl[serve]"')
+    take_whole_gpus()
+    check_gpus_are_used()
     from jaxrl.serving.app import make_server
     from jaxrl.serving.start import started
 

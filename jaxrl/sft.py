@@ -14,7 +14,9 @@ Started on several hosts (see launch/), it is one program over all their devices
 from collections.abc import Sequence
 
 from jaxrl import cli
+from jaxrl._platform import take_whole_gpus
 from jaxrl.parallel import distributed
+from jaxrl.perf.hardware import check_gpus_are_used
 from jaxrl.sft_config import SftConfig
 
 
@@ -26,7 +28,9 @@ def main(argv: Sequence[str]) -> int:
         from jaxrl.perf.dry_run import dry_run
 
         return dry_run(config)
+    take_whole_gpus()
     distributed.initialize()
+    check_gpus_are_used()
     from jaxrl.train.sft import train
 
     return train(config)

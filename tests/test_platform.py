@@ -83,3 +83,21 @@ def test_what_counts_as_a_gpu(monkeypatch, tmp_path):
     (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
     (tmp_path / "proc/driver/nvidia/version").touch()
     assert _platform.has_nvidia_gpu()
+
+
+@pytest.mark.parametrize(
+    ("user", "found"),
+    [
+        ({}, {"XLA_CLIENT_MEM_FRACTION": "0.92"}),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {}),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {}),  # JAX refuses both
+        ({"XLA_CLIENT_MEM_FRACTION": ".9", "JAX_PLATFORMS": "cuda"}, {"JAX_PLATFORMS": "cuda,cpu"}),
+        ({"XLA_CLIENT_MEM_FRACTION": ".9", "JAX_PLATFORMS": "cpu"}, {}),
+    ],
+)
+def test_a_process_takes_its_gpus_whole(monkeypatch, user, found):
+    for name in (*_platform.FRACTIONS, "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in user.items():
+        monkeypatch.setenv(name, value)
+    assert _platform.whole_gpus() == found

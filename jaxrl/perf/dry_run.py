@@ -71,7 +71,13 @@ def _devices(text: str):
     """(name, devices) of "8xH100"; of "", this host's."""
     if not text:
         here = jax.devices()
-        return ("CPU" if here[0].platform == "cpu" else gpu(here[0].device_kind).name), here
+        if here[0].platform == "cpu":
+            return "CPU", here
+        text = here[0].device_kind
+        try:
+            return gpu(text).name, here
+        except ValueError as error:
+            raise ConfigError(f"this host's {error}; plan for one with config.gpu") from None
     match = re.fullmatch(r"(?:(\d+)x)?(\w+)", text)
     if not match:
         raise ConfigError(f"config.gpu is {text!r}; write COUNTxGPU, e.g. 8xH100")
@@ -122,7 +128,8 @@ def _plan_table(program: Program, name: str, plan: dict) -> Table:
     table.add_row("attention", program.step.attention(packed=True, seq_len=program.seq_len).name)
     table.add_row("peak memory per device", f"{plan['peak_mem_gib']:.2f} GiB (planned)")
     if name != "CPU":
-        table.add_row("memory of the device", f"{gpu(name).memory_gib:.1f} GiB")
+        memory = f"{gpu(name).memory_gib:.1f} GiB, of which {gpu(name).pool_gib:.1f} can be had"
+        table.add_row("memory of the device", memory)
     table.add_row("floor", f"{plan['floor_mem_gib']:.2f} GiB")
     if plan.get("host_mem_gib"):
         table.add_row("pinned host memory", f"{plan['host_mem_gib']:.2f} GiB")

@@ -8,6 +8,9 @@ import statistics
 import subprocess
 import time
 
+from jaxrl._platform import MEMORY_FRACTION
+from jaxrl.options import ConfigError
+
 GiB = 2**30
 
 
@@ -33,6 +36,11 @@ class Gpu:
     @property
     def memory_gib(self) -> float:
         return self.memory / GiB
+
+    @property
+    def pool_gib(self) -> float:
+        """What of the memory programs can have: JAX's pool, as jaxrl's commands set it."""
+        return MEMORY_FRACTION * self.memory_gib
 
     def target(self) -> str:
         """XLA's description of this GPU (a GpuTargetConfigProto as text), to compile for it."""
@@ -131,6 +139,18 @@ def local_gpus() -> list[str]:
             break
         kinds.append(match[0])
     return kinds
+
+
+def check_gpus_are_used() -> None:
+    """Raise ConfigError where this host's GPUs are there for JAX, and it runs on the CPU all the
+    same, though nobody asked it to."""
+    import jax
+
+    if "JAX_PLATFORMS" not in os.environ and jax.default_backend() == "cpu" and local_gpus():
+        raise ConfigError(
+            f"this host has {local_gpus()[0]}, which JAX cannot use: pip install 'jaxrl[cuda]' (uv "
+            "sync --extra cuda), or set JAX_PLATFORMS=cpu to run on the CPU"
+        )
 
 
 def measure_matmul_peak(

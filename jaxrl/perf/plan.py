@@ -96,12 +96,12 @@ def plan_program(program: Program, gpu_name: str) -> dict[str, Any]:
 
 
 def check_fits(peak: float, gpu_name: str) -> None:
-    """Raise ValueError where `peak` GiB are more than the GPU has."""
-    capacity = gpu(gpu_name).memory_gib
-    if peak > capacity:
+    """Raise ValueError where `peak` GiB are more than programs can have of the GPU's memory."""
+    device = gpu(gpu_name)
+    if peak > device.pool_gib:
         raise ValueError(
-            f"needs {peak:.1f} GiB on each {gpu_name}, which has {capacity:.1f}; use "
-            "more GPUs, a shorter seq_len, offload or LoRA"
+            f"needs {peak:.1f} GiB on each {gpu_name}, where {device.pool_gib:.1f} of "
+            f"{device.memory_gib:.1f} can be had; use more GPUs, a shorter seq_len, offload or LoRA"
         )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jaxrl
+from jaxrl._platform import FRACTIONS
 from jaxrl.config import BenchConfig
 from jaxrl.parallel import distributed
 from jaxrl.perf.runner import Job
@@ -53,7 +54,7 @@ def versions() -> dict[str, str]:
 
 def flags() -> dict[str, str]:
     """Environment variables that change what JAX and XLA do; those the runner sets aside."""
-    names = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "NVIDIA_TF32_OVERRIDE")
+    names = ("XLA_FLAGS", "NVIDIA_TF32_OVERRIDE", *FRACTIONS)
     ours = ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", *distributed.VARIABLES)
     known = sorted(os.environ.items())
     return {k: v for k, v in known if k in names or (k.startswith("JAX_") and k not in ours)}

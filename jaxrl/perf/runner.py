@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxrl._platform import whole_gpus
 from jaxrl.config import BenchConfig
 from jaxrl.parallel.distributed import Processes
 from jaxrl.perf.rows import Row
@@ -288,6 +289,6 @@ class Worker:
 
 def _environment(mode: str) -> dict[str, str]:
     if mode == "measured":
-        return {}
+        return whole_gpus()
     # Planned rows compile for GPUs without touching one; proxy rows are for the CPU.
     return {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}

@@ -41,8 +41,10 @@ def run_row(mode: str, row: Row, config: BenchConfig, progress) -> dict[str, Any
 
         progress("compiling")
         return plan_row(row, config)
+    from jaxrl.perf.hardware import check_gpus_are_used
     from jaxrl.perf.measure import measure_row
 
+    check_gpus_are_used()
     return measure_row(row, config, progress=progress)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrl._platform import MEMORY_FRACTION
 from jaxrl.options import ConfigError
 from jaxrl.rollout.handover import COMPLETE
 from jaxrl.rollout.requests import Sampling
@@ -130,7 +131,10 @@ def ray_workers(
             raise ConfigError(f"no Ray cluster at {where}: {_line(error)}") from None
     actors = []
     try:
-        remote = ray.remote(num_gpus=gpus, max_restarts=-1)(EngineActor)
+        # The driver's own share of its GPUs is not an actor's.
+        memory = {"XLA_CLIENT_MEM_FRACTION": f"{MEMORY_FRACTION * min(gpus, 1):.3f}"}
+        environment = {"env_vars": memory} if gpus else {}
+        remote = ray.remote(num_gpus=gpus, max_restarts=-1, runtime_env=environment)(EngineActor)
         actors += [remote.remote(config) for _ in range(count)]
         _wait(ray, actors, gpus)
         yield [RayWorker(f"ray-{i}", actor) for i, actor in enumerate(actors)]

@@ -2,13 +2,16 @@
 
 import pathlib
 import re
+import types
 
+import jax
 import pytest
 
 from jaxrl.options import ConfigError
 from jaxrl.sft import main
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+A6000 = ("gpu=1xA6000", "train.attention=triton")
 
 
 def plan(capsys, name, *flags) -> str:
@@ -18,7 +21,7 @@ def plan(capsys, name, *flags) -> str:
 
 
 def test_a_run_on_a_gpu_that_is_not_here(capsys):
-    printed = plan(capsys, "sft_qwen3_0_6b", "gpu=1xA6000", "data.seq_len=1024", "lora_rank=8")
+    printed = plan(capsys, "sft_qwen3_0_6b", *A6000, "data.seq_len=1024", "lora_rank=8")
     assert re.search(r"optimizer\.schedule\s+cosine", printed)
     assert re.search(r"trained \(fp32\)\s+5,046,272 ", printed)
     assert re.search(r"frozen\s+596,049,920 ", printed)
@@ -44,6 +47,7 @@ def test_a_run_on_this_hosts_devices(capsys):
         (("gpu=3xH100",), r"batch_size 8 is no multiple of the 3 rows .* use e.g. 6"),
         (("model=somebody/else",), r"'somebody/else' is no folder and no model that jaxrl knows"),
         (("model=",), r"config.model names no checkpoint"),
+        (("gpu=8xA100",), r"'auto' finds no kernel .* A100.*; use 'triton', whose tests have not"),
     ],
 )
 def test_bad_input_is_one_line(capsys, flags, problem):
@@ -53,6 +57,14 @@ def test_bad_input_is_one_line(capsys, flags, problem):
 
 @pytest.mark.slow
 def test_a_run_that_does_not_fit_is_refused(capsys):
-    flags = ("gpu=1xA6000", "data.seq_len=1024", "batch_size=1")
-    with pytest.raises(ConfigError, match=r"this run needs .* GiB on each A6000, which has 47"):
+    flags = (*A6000, "data.seq_len=1024", "batch_size=1")
+    message = r"this run needs .* GiB on each A6000, where 43.7 of 47.5 can be had"
+    with pytest.raises(ConfigError, match=message):
         plan(capsys, "sft_qwen3_4b", *flags)
+
+
+def test_this_hosts_gpu_may_be_one_that_no_plan_knows(monkeypatch, capsys):
+    here = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA L40S")
+    monkeypatch.setattr(jax, "devices", lambda: [here])
+    with pytest.raises(ConfigError, match=r"this host's unknown GPU 'NVIDIA L40S'.*config\.gpu"):
+        plan(capsys, "sft_qwen3_0_6b", "gpu=")

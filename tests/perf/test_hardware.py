@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from jaxrl.options import ConfigError
 from jaxrl.perf import hardware
 from jaxrl.perf.hardware import GPUS, gpu, local_gpus, measure_matmul_peak
 
@@ -116,3 +117,13 @@ def test_matmul_peak_repeats_slow_sizes_less(monkeypatch):
 
 def test_matmul_peak_measures_something():
     assert measure_matmul_peak(sizes=(64,), repetitions=1) > 1e6
+
+
+def test_a_gpu_that_jax_cannot_use_is_not_passed_over(three_gpus, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    hardware.check_gpus_are_used()
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(ConfigError, match=r"NVIDIA H100 80GB HBM3, which JAX cannot use: pip"):
+        hardware.check_gpus_are_used()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    hardware.check_gpus_are_used()

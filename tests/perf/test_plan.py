@@ -153,7 +153,8 @@ def test_hardware_flops_are_the_models_plus_recomputation():
 
 def test_a_row_that_does_not_fit_says_so():
     row = parse_row("Llama-3.1-8B-Instruct", "rl full 65536 recompute fa2 1xA6000")
-    with pytest.raises(ValueError, match=r"needs \d+\.\d GiB on each A6000, which has 47\.5"):
+    message = r"needs \d+\.\d GiB on each A6000, where 43\.7 of 47\.5 can be had; use more GPUs"
+    with pytest.raises(ValueError, match=message):
         plan.plan_row(row, BenchConfig())
 
 
