@@ -93,8 +93,10 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
     terminalreporter.line(", ".join(f"{k} {v}" for k, v in facts.items()))
     for kernel, tests in sorted(VALIDATION.expected.items()):
         why_not = VALIDATION.why_not(config, exitstatus, kernel)
-        if why_not is None:
-            validated.record(kernel, gpu, facts)
+        failed = len(VALIDATION.failed[kernel])
+        if why_not is None or failed:
+            validated.record(kernel, gpu, facts, failed)
         said = f"not validated: {why_not}" if why_not else "validated"
-        passed = len(VALIDATION.passed[kernel])
-        terminalreporter.line(f"{kernel}: {passed} of {len(tests)} tests passed, {said}")
+        passed, cannot = len(VALIDATION.passed[kernel]), len(VALIDATION.cannot[kernel])
+        beside = f", {cannot} are of what it cannot do here" if cannot else ""
+        terminalreporter.line(f"{kernel}: {passed} of {len(tests)} tests passed{beside}; {said}")

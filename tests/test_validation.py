@@ -22,6 +22,10 @@ def test_other():
 @pytest.mark.parametrize("n", [1, 2])
 def test_mine(n):
     assert {mine}
+
+def cannot(why):
+    from validation import skip
+    skip(why)
 """
 
 
@@ -75,6 +79,12 @@ def test_nor_does_a_run_that_failed_or_stopped(run):
     assert run("-x", other="False") == "2 tests did not run"
     assert run(mine="pytest.skip()") == "2 tests did not run"
     assert run(mine="pytest.exit('stopped')") is not None
+
+
+def test_what_a_kernel_cannot_do_here_is_left_out(run):
+    assert run(mine="n == 1 or cannot('needs Hopper or Blackwell')") is None
+    assert run(mine="cannot('needs Hopper or Blackwell')") == "it cannot run here"
+    assert run(mine="n == 1 or cannot('is not installed')") == "1 tests did not run"
 
 
 def test_what_a_gpu_run_imports_is_what_its_command_installs():

@@ -5,6 +5,13 @@ import pathlib
 
 import pytest
 
+CANNOT = "cannot here: "
+
+
+def skip(why_not: str) -> None:
+    """End the test of a kernel that cannot run a case on this GPU (one not installed could)."""
+    pytest.skip(why_not if "installed" in why_not else f"{CANNOT}{why_not}")
+
 
 def holds_gpu_tests(path: pathlib.Path) -> bool:
     """Whether a file of tests, or one in this folder, has a test for `pytest -m gpu`."""
@@ -16,13 +23,15 @@ class Validation:
     """A pytest plugin that follows tests marked `validates(KERNEL)`.
 
     A kernel is validated by a run of the whole suite, in one process, in which every test of it
-    that was collected, before any was deselected, has passed.
+    that was collected, before any was deselected, has passed, but for those of what it cannot do
+    there (`skip`).
     """
 
     def __init__(self):
         self.expected: dict[str, set[str]] = collections.defaultdict(set)
         self.passed: dict[str, set[str]] = collections.defaultdict(set)
         self.failed: dict[str, set[str]] = collections.defaultdict(set)
+        self.cannot: dict[str, set[str]] = collections.defaultdict(set)
         self.kernel_of: dict[str, str] = {}
 
     @pytest.hookimpl(tryfirst=True)
@@ -39,6 +48,8 @@ class Validation:
             self.failed[kernel].add(report.nodeid)
         elif kernel and report.when == "call" and report.passed:
             self.passed[kernel].add(report.nodeid)
+        elif kernel and report.skipped and f"Skipped: {CANNOT}" in str(report.longrepr):
+            self.cannot[kernel].add(report.nodeid)
 
     def why_not(self, config: pytest.Config, exitstatus: int, kernel: str) -> str | None:
         """Why this run does not validate `kernel`, or None."""
@@ -50,6 +61,8 @@ class Validation:
             return "the run was interrupted"
         if self.failed[kernel]:
             return f"{len(self.failed[kernel])} tests failed"
-        if left := self.expected[kernel] - self.passed[kernel]:
+        if left := self.expected[kernel] - self.passed[kernel] - self.cannot[kernel]:
             return f"{len(left)} tests did not run"
+        if not self.passed[kernel]:
+            return "it cannot run here"
         return None

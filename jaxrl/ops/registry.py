@@ -2,7 +2,8 @@
 
 A kernel that no GPU has run is not a default. `auto` takes, in the op's order of preference, the
 first implementation that can run and is validated on the target: by its authors (cuDNN, tokamax),
-or by our tests (`pytest -m gpu`, which writes `jaxrl_kernels/validated.json`). A request by name
+unless our tests have failed there, or by our tests (`pytest -m gpu`, which writes
+`jaxrl_kernels/validated.json`). A request by name
 that cannot be met raises; one for a kernel of ours not yet validated there works and says so. On a
 GPU, `auto` does not fall back to what is no kernel while one of ours could run: it raises, for its
 user to choose between them.
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jaxrl_kernels.validated import is_validated
+from jaxrl_kernels.validated import has_failed, is_validated
 
 from jaxrl.options import ConfigError
 
@@ -119,9 +120,10 @@ class Op:
         _say_once(f"{self.name} {plain!r} on {target}, many times slower than a kernel{because}")
 
     def _sure(self, implementation: Implementation, target: Target) -> bool:
-        return not implementation.ours or is_validated(
-            f"{self.name} {implementation.name}", target.gpu
-        )
+        kernel = f"{self.name} {implementation.name}"
+        if implementation.ours:
+            return is_validated(kernel, target.gpu)
+        return implementation.plain or not has_failed(kernel, target.gpu)
 
 
 @functools.cache

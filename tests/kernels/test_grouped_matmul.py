@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxrl_kernels import interpreter, launch, tiles
 from jaxrl_kernels.grouped_matmul import cost, reference, schedule, triton
 from jaxrl_kernels.tiles import GroupedTile
+from validation import skip
 
 from jaxrl.ops import grouped_matmul_xla
 from jaxrl.ops.grouped_matmul import GROUPED_MATMUL, grouped_matmul
@@ -308,7 +309,7 @@ def test_tokamax_on_gpu(case):
         assert "takes features in steps of" in said  # as its Mosaic kernels' tiles are wide
         return
     if said:
-        pytest.skip(f"tokamax {said}")
+        skip(f"tokamax {said}")
     _, fn = GROUPED_MATMUL.resolve("tokamax", here, **features)
     got = jax.jit(lambda *a: value_and_gradients(fn, a[:-2], *a[-2:]))(*operands, sizes, dy)
     check(got, "grouped_matmul", operands, sizes, dy, ROUNDING[dtype])

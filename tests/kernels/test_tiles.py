@@ -70,21 +70,48 @@ def test_there_is_a_tile_for_every_gpu_head_and_dtype(which, capability):
                 assert size & (size - 1) == 0 and size >= 4
 
 
-@pytest.mark.usefixtures("empty")
+TODAY = {"date": "2026-11-26", "triton": "3.9.0", "tokamax": "0.0.17"}
+
+
+@pytest.fixture
+def installed(monkeypatch, empty):
+    """Versions of packages, as they can be changed."""
+    versions = {"triton": "3.9.1", "tokamax": "0.0.17"}
+    monkeypatch.setattr(validated, "_version", versions.get)
+    return versions
+
+
+@pytest.mark.usefixtures("installed")
 def test_a_gpu_is_validated_once_it_is_recorded():
     assert not validated.is_validated("attention triton", H200)
-    validated.record("attention triton", H200, {"date": "2026-11-26"})
-    validated.record("grouped_matmul triton", "another", {})
+    validated.record("attention triton", H200, TODAY)
+    validated.record("grouped_matmul triton", "another", TODAY)
     assert validated.is_validated("attention triton", H200)
     assert not validated.is_validated("grouped_matmul triton", H200)
     assert not validated.is_validated("attention triton", None)
 
 
-@pytest.mark.usefixtures("empty")
-def test_a_change_of_the_kernel_takes_its_validation_back(monkeypatch):
-    validated.record("attention triton", H200, {})
-    validated.record("attention tokamax", H200, {})
+@pytest.mark.usefixtures("installed")
+def test_a_failure_takes_it_back():
+    for kernel in ("attention triton", "attention tokamax"):
+        validated.record(kernel, H200, TODAY)
+        assert not validated.has_failed(kernel, H200)
+        validated.record(kernel, H200, TODAY, failed=2)
+        assert validated.has_failed(kernel, H200)
+        assert not validated.is_validated(kernel, H200)
+    validated.record("attention triton", H200, TODAY)
     assert validated.is_validated("attention triton", H200)
+
+
+def test_it_holds_for_the_kernel_and_the_package_that_were_tested(monkeypatch, installed):
+    validated.record("attention triton", H200, TODAY)
+    validated.record("attention tokamax", H200, TODAY, failed=1)
+    installed.update(triton="3.10.0", tokamax="0.1.0")
+    assert not validated.is_validated("attention triton", H200)
+    assert not validated.has_failed("attention tokamax", H200)
+    installed.clear()  # a laptop that only plans
+    assert validated.is_validated("attention triton", H200)
+    assert validated.has_failed("attention tokamax", H200)
     monkeypatch.setattr(validated, "source", lambda kernel: "another")
     assert not validated.is_validated("attention triton", H200)
 

@@ -256,6 +256,12 @@ def test_auto_takes_our_kernel_where_it_is_validated(monkeypatch):
     assert resolve("auto", packed=True).name == "tokamax"
 
 
+def test_auto_passes_over_a_kernel_of_others_that_has_failed_there(monkeypatch):
+    monkeypatch.setattr(registry, "has_failed", lambda kernel, gpu: "cudnn" in kernel)
+    assert resolve("auto").name == "tokamax"
+    assert resolve("cudnn").name == "cudnn"  # by request
+
+
 @pytest.mark.usefixtures("nothing_validated")
 def test_a_kernel_that_is_not_validated_runs_by_request_and_says_so(caplog):
     registry._say_once.cache_clear()

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax.extend import backend
 from scripts import output_of
+from validation import skip
 
 from jaxrl.ops import tokamax_kernels
 
@@ -215,7 +216,7 @@ def test_ragged_dot_on_gpu(implementation, sizes):
         capability_here(), jnp.bfloat16, (512, 384), implementation
     )
     if why_not:
-        pytest.skip(why_not)
+        skip(why_not)
     x, w, sizes, dout = grouped(4096, 512, 384, sizes)
 
     @jax.jit
@@ -260,7 +261,7 @@ def test_attention_on_gpu(case):
     B, T, N, K, H, lengths, causal = ON_GPU[case]
     why_not = tokamax_kernels.why_not_attention(capability_here(), jnp.bfloat16, H, True)
     if why_not:
-        pytest.skip(why_not)
+        skip(why_not)
     rng = np.random.default_rng(0)
     q, k, v, dout = (
         jnp.asarray(rng.standard_normal((B, T, n, H)), jnp.bfloat16) for n in (N, K, K, N)
