@@ -77,6 +77,11 @@ def parse[T](cls: type[T], argv: Sequence[str], usage: str) -> T:
     return from_config(cls, tree)
 
 
+def with_dry_run(argv: Sequence[str]) -> list[str]:
+    """`--dry_run` as the option that it is short for."""
+    return ["--config.dry_run" if arg == "--dry_run" else arg for arg in argv]
+
+
 def load(source: str) -> ConfigDict:
     """The ConfigDict of `get_config` in "FILE.py" or "FILE.py:arg"."""
     path, colon, arg = source.partition(":")

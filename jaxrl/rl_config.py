@@ -61,7 +61,15 @@ class RolloutConfig:
     top_k: int = option(0, "Only so many likeliest tokens; 0: all.")
     min_p: float = option(0.0, "Only tokens with this much of the likeliest one's probability.")
     slots: int = option(64, "Sequences that a device decodes at once.")
-    cache_tokens: int = option(0, "Tokens that its cache holds; 0: slots x seq_len.")
+    cache_tokens: int = option(
+        0, "Tokens that its cache holds; 0: slots x seq_len, of a GPU's memory 40 % at most."
+    )
+    weights: Literal["auto", "divided", "whole"] = option(
+        "auto",
+        "What the trainer's devices draw with: its arrays, each layer gathered for each token "
+        "(`divided`), or a copy of all layers on each device (`whole`); `auto`: `whole` on GPUs "
+        "where that takes a quarter of the memory at most.",
+    )
     page: int = option(32, "Tokens to a page of the cache.")
     decode_steps: int = option(8, "Tokens drawn between two looks at what is waiting.")
     prefill_tokens: int = option(4096, "Prompt tokens that are prefilled together.")

@@ -89,6 +89,8 @@ class RunConfig:
     wandb: str = option("", "Weights & Biases project to log to, if `wandb` is installed.")
     mlflow: str = option("", "MLflow experiment to log to, if `mlflow` is installed.")
     profile: str = option("", "Steps to trace for TensorBoard's profiler, `FIRST:LAST`.")
+    dry_run: bool = option(False, "Print the resolved options and the plan, and stop.")
+    gpu: str = option("", "`dry_run`: GPU to plan for, e.g. `8xH100`; default this host's devices.")
 
     def __post_init__(self):
         at_least(self, 0, "lora_rank", "max_steps", "seed")

@@ -53,7 +53,14 @@ class EngineConfig:
 
     max_len: int = option(2048, "Tokens of a prompt and its completion.")
     slots: int = option(64, "Sequences that a device decodes at once.")
-    cache_tokens: int = option(0, "Tokens that its cache holds; 0: slots x max_len.")
+    cache_tokens: int = option(
+        0, "Tokens that its cache holds; 0: slots x max_len, or what a GPU has room for."
+    )
+    weights: Literal["auto", "divided", "whole"] = option(
+        "auto",
+        "Layers are gathered for each token (`divided`) or lie whole on each device; `auto`: "
+        "`whole` on GPUs where that takes a quarter of the memory at most.",
+    )
     page: int = option(32, "Tokens to a page of the cache.")
     decode_steps: int = option(4, "Tokens drawn between two looks at what is waiting.")
     prefill_tokens: int = option(4096, "Prompt tokens that are prefilled together.")

@@ -22,7 +22,7 @@ from jaxrl.sft_config import SftConfig
 
 def main(argv: Sequence[str]) -> int:
     """Train as the command line says; returns the exit code."""
-    argv = ["--config.dry_run" if arg == "--dry_run" else arg for arg in argv]
+    argv = cli.with_dry_run(argv)
     config = cli.parse(SftConfig, argv, __doc__ or "")
     if config.dry_run:
         from jaxrl.perf.dry_run import dry_run

@@ -77,8 +77,6 @@ class SftConfig(RunConfig):
     )
     eval_batches: int = option(0, "Batches of a validation; 0: all of the data.")
     seed: int = option(0, "Seed of adapters and of the data's order.")
-    dry_run: bool = option(False, "Print the resolved options and the plan, and stop.")
-    gpu: str = option("", "`dry_run`: GPU to plan for, e.g. `8xH100`; default this host's devices.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -73,6 +73,11 @@ def param_shardings(model: nnx.Module, mesh: Mesh, kind: type[nnx.Variable] = nn
     return nest({p: NamedSharding(mesh, partition_spec(s.axes)) for p, s in flat.items()})
 
 
+def undivided(spec: PartitionSpec) -> PartitionSpec:
+    """Of the same parameter as devices use it: whole, but experts stay on the expert axis."""
+    return PartitionSpec(*(EXPERTS[0] if axes == EXPERTS else None for axes in spec))
+
+
 def sharded_dim(spec: PartitionSpec) -> int | None:
     """Which dimension is divided over devices."""
     return next((i for i, axes in enumerate(spec) if axes is not None), None)

@@ -21,35 +21,61 @@ from jaxrl.models.presets import PRESETS, preset
 from jaxrl.options import ConfigError, flat, show_value
 from jaxrl.perf import compile_only
 from jaxrl.perf.hardware import GiB, gpu
-from jaxrl.perf.plan import plan_program
+from jaxrl.perf.plan import plan_memory
+from jaxrl.rl_config import RlConfig
+from jaxrl.run_config import RunConfig
 from jaxrl.sft_config import SftConfig
-from jaxrl.train.program import Program, floor_bytes, sft_program
+from jaxrl.train.program import Program, floor_bytes, local_bytes, rl_program, sft_program
 
 
-def dry_run(config: SftConfig) -> int:
+def dry_run(config: SftConfig | RlConfig) -> int:
     """Print the resolved options, the parameters and the memory plan; returns the exit code.
 
     Needs the model's config.json only, or nothing where jaxrl knows the model by its name.
     """
     model = model_config(config.model)
     name, devices = _devices(config.gpu)
-    program = sft_program(config, model, devices)
+    if isinstance(config, SftConfig):
+        program = sft_program(config, model, devices)
+    else:
+        program = rl_program(config, model, devices)
     console = Console()
     console = console if console.is_terminal else Console(width=100)
     console.print(_options_table(config))
     console.print(_parameters_table(program))
-    if name == "CPU":
-        need = compile_only.memory(program.lower().compile()).peak / GiB
-        plan = {"peak_mem_gib": need, "floor_mem_gib": floor_bytes(program) / GiB}
-    else:
-        try:
-            plan = plan_program(program, name)
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"this run {error}") from error
+    try:
+        if isinstance(config, RlConfig) and not config.rollout.elsewhere:
+            plan = _plan_rl(config, program, name)
+        else:
+            plan = _plan_step(program) if name == "CPU" else plan_memory(program, name)[0]
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"this run {error}") from error
     console.print(_plan_table(program, name, plan))
     return 0
+
+
+def _plan_step(program: Program) -> dict:
+    """On this host's CPU."""
+    peak = compile_only.memory(program.lower().compile()).peak
+    return {"peak_mem_gib": peak / GiB, "floor_mem_gib": floor_bytes(program) / GiB}
+
+
+def _plan_rl(config: RlConfig, program: Program, name: str) -> dict:
+    """Of a run whose own devices draw the rollouts: the engine's needs stand beside the step's."""
+    from jaxrl.perf.e2e import plan_engine
+    from jaxrl.train.rl_rollouts import engine_parts
+
+    programs, limits = engine_parts(config, program)
+    tokens = (limits.pages - 1) * limits.page
+    if name != "CPU":
+        planned, _ = plan_memory(program, name)
+        found = plan_engine(planned, program, programs, limits, name)
+        return found | {"cache_tokens": tokens}
+    cache = local_bytes(programs.abstract_cache(limits.pages, limits.page)) / GiB
+    plan = {key: gib + cache for key, gib in _plan_step(program).items()}
+    return plan | {"cache_gib": cache, "cache_tokens": tokens}
 
 
 def model_config(name: str) -> ModelConfig:
@@ -92,7 +118,7 @@ def _table(title: str, *columns: str) -> Table:
     return Table(*columns, title=title, title_justify="left", box=box.SIMPLE, show_edge=False)
 
 
-def _options_table(config: SftConfig) -> Table:
+def _options_table(config: RunConfig) -> Table:
     table = _table("Options", "option", "value")
     for key, value in flat(dataclasses.asdict(config)).items():
         table.add_row(key, show_value(value))
@@ -125,11 +151,22 @@ def _plan_table(program: Program, name: str, plan: dict) -> Table:
     table.add_row("mesh", axes)
     rows = f"{program.micro_batches} micro-batches of {program.rows} rows of {program.seq_len}"
     table.add_row("optimizer step", f"{rows} tokens = {program.tokens_per_step:,} tokens")
-    table.add_row("attention", program.step.attention(packed=True, seq_len=program.seq_len).name)
+    attention = program.step.attention(
+        packed=True, seq_len=program.seq_len, shared_prefix=program.shared_prompts
+    )
+    table.add_row("attention", attention.name)
     table.add_row("peak memory per device", f"{plan['peak_mem_gib']:.2f} GiB (planned)")
     if name != "CPU":
         memory = f"{gpu(name).memory_gib:.1f} GiB, of which {gpu(name).pool_gib:.1f} can be had"
         table.add_row("memory of the device", memory)
+    if "train_peak_gib" in plan:
+        table.add_row("while it trains", f"{plan['train_peak_gib']:.2f} GiB")
+        table.add_row("while it draws", f"{plan['decode_peak_gib']:.2f} GiB")
+    if "cache_gib" in plan:
+        of = f"of {plan['cache_tokens']:,} tokens"
+        table.add_row("the engine's cache", f"{plan['cache_gib']:.2f} GiB, {of}")
+    if plan.get("engine_weights_gib"):
+        table.add_row("the engine's weights", f"{plan['engine_weights_gib']:.2f} GiB")
     table.add_row("floor", f"{plan['floor_mem_gib']:.2f} GiB")
     if plan.get("host_mem_gib"):
         table.add_row("pinned host memory", f"{plan['host_mem_gib']:.2f} GiB")

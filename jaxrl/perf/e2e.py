@@ -26,21 +26,10 @@ from jaxrl.rollout.rollouts import Rollout
 from jaxrl.train.batch import Batch
 from jaxrl.train.program import Program, local_bytes
 from jaxrl.train.rl_batch import device_batch, pack_rollouts
+from jaxrl.train.rl_rollouts import make_programs
 from jaxrl.train.state import TrainState
 
 PHASES = ("rollout_s", "wait_s", "train_s", "sync_s", "total_s")
-
-
-def make_programs(program: Program) -> Programs:
-    """What the engine runs, on the trainer's devices and in its dtype."""
-    config, layout = program.step.config, program.layout
-    return Programs(
-        layout.model,
-        layout.mesh,
-        dtype=config.compute_dtype,
-        attention=config.attention,
-        grouped_matmul=config.grouped_matmul,
-    )
 
 
 def limits(program: Program, config: BenchConfig) -> EngineLimits:
@@ -56,24 +45,42 @@ def cache_bytes(program: Program, config: BenchConfig) -> int:
 
 
 def plan_e2e(program: Program, config: BenchConfig, gpu_name: str) -> dict[str, Any]:
-    """As `plan.plan_program`; the peak is that of the training step with the engine's cache beside
-    it, or that of the largest decode program with the optimizer's state beside it."""
-    planned = plan.plan_program(program, gpu_name)
-    programs, sizes = make_programs(program), limits(program, config)
+    """As `plan.plan_program`, with the engine."""
+    planned, text = plan.plan_memory(program, gpu_name)
+    parts = make_programs(program), limits(program, config)
+    return plan_engine(planned, program, *parts, gpu_name) | plan.count_flops(program, text)
+
+
+def plan_engine(
+    planned: dict[str, Any],
+    program: Program,
+    programs: Programs,
+    sizes: EngineLimits,
+    gpu_name: str,
+) -> dict[str, Any]:
+    """What is `planned` of the training step, with an engine on its devices: the peak is that of
+    the step with the engine's cache beside it, or that of the largest decode program with the
+    optimizer's state beside it; and beside both what the engine and the trainer have of the
+    parameters in copies of their own."""
     state: TrainState = program.layout.abstract()
+    weights = merge_trees(state.params, state.frozen)
+    own = programs.abstract_own(weights)
     with compile_only.as_device(program.layout.mesh), compile_only.cudnn_assumed():
-        lowered = lower_decode(programs, sizes, merge_trees(state.params, state.frozen))
+        lowered = lower_decode(programs, sizes, own)
     decode = compile_only.memory(compile_only.compile_for(lowered)).peak
-    cache = cache_bytes(program, config)
+    cache = local_bytes(programs.abstract_cache(sizes.pages, sizes.page))
+    pairs = list(zip(jax.tree.leaves(own), jax.tree.leaves(weights), strict=True))
+    moved = [(o, w) for o, w in pairs if o.dtype != w.dtype or o.sharding != w.sharding]
+    copies, copied = local_bytes([o for o, _ in moved]), local_bytes([w for _, w in moved])
     peaks = {
-        "train_peak_gib": planned["peak_mem_gib"] + cache / GiB,
-        "decode_peak_gib": (decode + local_bytes(state.opt_state)) / GiB,
+        "train_peak_gib": planned["peak_mem_gib"] + (cache + copies) / GiB,
+        "decode_peak_gib": (decode + copied + local_bytes(state.opt_state)) / GiB,
     }
     peak = max(peaks.values())
     plan.check_fits(peak, gpu_name)
-    floor = planned["floor_mem_gib"] + cache / GiB
+    floor = planned["floor_mem_gib"] + (cache + copies) / GiB
     found = {"peak_mem_gib": peak, "floor_mem_gib": floor, "cache_gib": cache / GiB}
-    return planned | peaks | found
+    return planned | peaks | found | {"engine_weights_gib": copies / GiB}
 
 
 def time_e2e(
@@ -103,7 +110,7 @@ def time_e2e(
         state, metrics = jax.block_until_ready(step(state, batch))
         trained = time.perf_counter()
         engine.set_weights(merge_trees(state.params, state.frozen), i + 1)
-        jax.block_until_ready((state.params, state.frozen))
+        jax.block_until_ready(engine.weights)
         end = time.perf_counter()
         if timed < 0:
             progress("warming up", i + 1, config.warmup_steps)

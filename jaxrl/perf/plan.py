@@ -74,6 +74,12 @@ def plan_row(row: Row, config: BenchConfig) -> dict[str, Any]:
 
 def plan_program(program: Program, gpu_name: str) -> dict[str, Any]:
     """As `plan_row`, of a program on the compile-only devices of that GPU."""
+    found, text = plan_memory(program, gpu_name)
+    return found | count_flops(program, text)
+
+
+def plan_memory(program: Program, gpu_name: str) -> tuple[dict[str, Any], str]:
+    """(the same without FLOPs, the compiled program's text)."""
     start = time.perf_counter()
     with compile_only.as_device(program.layout.mesh), compile_only.cudnn_assumed():
         lowered = program.lower()
@@ -84,15 +90,15 @@ def plan_program(program: Program, gpu_name: str) -> dict[str, Any]:
     attention = compiled_attention(text, program)
     peak = (memory.peak + _unplanned_bytes(attention, program)) / GiB
     check_fits(peak, gpu_name)
-    return {
+    found = {
         "attn_compiled": attention,
         **({"experts_compiled": compiled_experts(text, program)} if program.has_experts else {}),
         "peak_mem_gib": peak,
         "floor_mem_gib": floor_bytes(program) / GiB,
         "host_mem_gib": memory.host_gib,
         "compile_s": seconds,
-        **count_flops(program, text),
     }
+    return found, text
 
 
 def check_fits(peak: float, gpu_name: str) -> None:

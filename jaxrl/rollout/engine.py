@@ -135,7 +135,7 @@ class Engine:
         self.stop_tokens, self.tokenizer = frozenset(stop_tokens), tokenizer
         self._vocab_size = programs.model.config.vocab_size
         self.version = 0
-        self._weights: Any = None
+        self.weights: Any = None  # what is drawn with
         self._cache = programs.make_cache(self.limits.pages, self.limits.page)
         self._pages = [Pages(self.limits.pages) for _ in range(self.devices)]
         self._waiting: collections.deque[_Sequence] = collections.deque()
@@ -165,7 +165,8 @@ class Engine:
     def set_weights(self, weights: Any, version: int) -> None:
         """Draw with these from now on (`Programs`); what is half drawn goes on with them, on keys
         and values of the old ones."""
-        self._weights, self.version = weights, version
+        self.weights = None  # where they are a copy, there is no room for two
+        self.weights, self.version = self.programs.own(weights), version
 
     def submit(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Request:
         """Take a request, whose completions fill up while the engine steps.
@@ -214,7 +215,7 @@ class Engine:
     def step(self) -> list[Completion]:
         """Let sequences in, and draw up to `steps` tokens of each; returns the completions that
         have grown."""
-        if self._weights is None:
+        if self.weights is None:
             raise ValueError("the engine has no weights; call set_weights")
         self._admit()
         for device in range(self.devices):
@@ -355,7 +356,7 @@ class Engine:
                 used = -(-known // self.limits.page)
                 table[device, i, :used] = sequence.pages[:used]
         self._cache = self.programs.prefill(
-            self._weights, self._cache, self._put(tokens), self._put(table)
+            self.weights, self._cache, self._put(tokens), self._put(table)
         )
 
     def _copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
@@ -400,7 +401,7 @@ class Engine:
             ),
         )
         self._cache, *found = self.programs.decode(
-            self._weights, self._cache, decoding, self.limits.steps
+            self.weights, self._cache, decoding, self.limits.steps
         )
         tokens, logprobs = (np.asarray(a).reshape(-1, self.devices, rows) for a in found)
         return tokens, logprobs

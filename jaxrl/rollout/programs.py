@@ -2,7 +2,9 @@
 
 Both run the one decoder on the arrays that training updates, in their shardings: inside `shard_map`
 each layer is gathered as it is used, as in the training step, and sequences are divided over all
-devices. Each shape is compiled once; the engine chooses among few.
+devices. To gather every layer for every token takes longer than to draw it: where memory allows,
+each device holds a copy of all layers instead. Each shape is compiled once; the engine chooses
+among few.
 """
 
 import collections
@@ -29,10 +31,11 @@ from jaxrl.parallel import vocab
 from jaxrl.parallel.dispatch import in_order
 from jaxrl.parallel.expert import make_exchange
 from jaxrl.parallel.mesh import CPU_OPTIONS
-from jaxrl.parallel.sharding import EVERYWHERE, check_divides, gather, partition_spec
+from jaxrl.parallel.sharding import EVERYWHERE, check_divides, gather, partition_spec, undivided
 from jaxrl.rollout.cache import NOBODYS, Cache, attend_cached
 from jaxrl.rollout.sampling import Choice, sample
 
+STACKS = ("dense_layers", "layers")  # of the model's parts, those that layers lie in
 ROWS = PartitionSpec(EVERYWHERE)
 PAGES = PartitionSpec(None, EVERYWHERE)
 
@@ -62,6 +65,7 @@ class Programs:
 
     weights: a nested dict with every parameter of the model (adapters too), sharded as
     `parallel.sharding` says, in any dtype; `dtype` is that of activations and of the cache.
+    whole_layers: weights are what `own` makes of those, with the layers whole on each device.
     `traced` counts how often each was traced, which is how often it was compiled.
     """
 
@@ -73,7 +77,9 @@ class Programs:
         dtype,
         attention: str = "auto",
         grouped_matmul: str = "auto",
+        whole_layers: bool = False,
     ):
+        self.whole_layers = whole_layers
         self.model, self.mesh, self.dtype = model, mesh, jnp.dtype(dtype)
         self.target = Target.of(mesh.devices.flat[0])
         self.attention = attention
@@ -81,10 +87,14 @@ class Programs:
         declared = specs(model)
         for path, spec in declared.items():
             check_divides(path, spec, mesh)
-        self.partition = nest({p: partition_spec(s.axes) for p, s in declared.items()})
+        divided = {p: partition_spec(s.axes) for p, s in declared.items()}
+        if whole_layers:
+            divided |= {p: undivided(spec) for p, spec in divided.items() if p[0] in STACKS}
+        self.partition = nest(divided)
         self._fp32 = nest({p: s.fp32 for p, s in declared.items()})
         self._experts = self._expert_ops(grouped_matmul)
         self._copy: Callable[[Any], Any] | None = None
+        self._moves: dict[tuple[bool, ...], Callable[[Any], Any]] = {}
         replicated = PartitionSpec()
         options = CPU_OPTIONS if self.target.backend == "cpu" and mesh.size > 1 else None
         jit = functools.partial(jax.jit, compiler_options=options)
@@ -113,14 +123,51 @@ class Programs:
             )
         )
 
+    def abstract_own(self, weights: Any) -> Any:
+        """Shapes and shardings of what `own` makes of parameters, which may be abstract."""
+        if not self.whole_layers:
+            return weights
+
+        def like(a: Any, spec: PartitionSpec, wide: bool) -> jax.ShapeDtypeStruct:
+            dtype = jnp.float32 if wide else self.dtype
+            return jax.ShapeDtypeStruct(a.shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(like, weights, self.partition, self._fp32)
+
+    def own(self, weights: Any) -> Any:
+        """Parameters as these programs take them: with `whole_layers` copies of those that are not
+        yet in their place and dtype, else the arrays that were given."""
+        if not self.whole_layers:
+            return weights
+        arrays, tree = jax.tree.flatten(weights)
+        places = jax.tree.leaves(self.abstract_own(weights))
+        there = tuple(
+            a.dtype == p.dtype and a.sharding.is_equivalent_to(p.sharding, a.ndim)
+            for a, p in zip(arrays, places, strict=True)
+        )
+        if there not in self._moves:
+            moved = [p for p, here in zip(places, there, strict=True) if not here]
+            self._moves[there] = jax.jit(
+                lambda given: [a.astype(p.dtype) for a, p in zip(given, moved, strict=True)],
+                out_shardings=[p.sharding for p in moved],
+            )
+        given = [a for a, here in zip(arrays, there, strict=True) if not here]
+        copied = iter(in_order(self._moves[there])(given))
+        return tree.unflatten(
+            [a if here else next(copied) for a, here in zip(arrays, there, strict=True)]
+        )
+
     def copy_weights(self, weights: Any) -> Any:
-        """A copy of parameters, in the dtypes that they are used in."""
+        """A copy of parameters, in the dtypes that they are used in, as `own` places them."""
         if self._copy is None:
 
             def copy(a: jax.Array, wide: bool) -> jax.Array:
                 return jnp.array(a, jnp.float32 if wide else self.dtype, copy=True)
 
-            self._copy = jax.jit(lambda weights: jax.tree.map(copy, weights, self._fp32))
+            shardings = jax.tree.map(lambda p: NamedSharding(self.mesh, p), self.partition)
+            self._copy = jax.jit(
+                lambda weights: jax.tree.map(copy, weights, self._fp32), out_shardings=shardings
+            )
         return self._copy(weights)
 
     def make_cache(self, pages: int, page_size: int) -> Cache:
@@ -223,7 +270,7 @@ class Programs:
             )
         cos, sin = rope_tables(self.model.config, positions)
         carry = (x.reshape(B, T, -1), cache, jnp.zeros((), jnp.int32))
-        for name in ("dense_layers", "layers"):
+        for name in STACKS:
             stack = getattr(self.model, name)
             if stack is None:
                 continue
@@ -251,14 +298,13 @@ class Programs:
 
     def _fetch(self, partition, fp32, layer):
         """One layer's parameters as they are used: whole, in the compute dtype."""
-        return jax.tree.map(
-            lambda p, s, wide: gather(
-                p if wide else p.astype(self.dtype), s, dict(self.mesh.shape)
-            ),
-            layer,
-            partition,
-            fp32,
-        )
+        shape = dict(self.mesh.shape)
+
+        def used(p, spec, wide):
+            p = p if wide else p.astype(self.dtype)
+            return p if self.whole_layers else gather(p, spec, shape)
+
+        return jax.tree.map(used, layer, partition, fp32)
 
     def _logits(self, weights, x):
         """fp32 [B, V] of this device's rows x [B, D]. The vocabulary is divided over the devices:

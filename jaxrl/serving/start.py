@@ -24,6 +24,7 @@ from jaxrl.options import ConfigError
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.parallel.sharding import param_shardings
 from jaxrl.rollout.engine import Engine, EngineLimits
+from jaxrl.rollout.memory import holds_whole_layers, servers_limits
 from jaxrl.rollout.programs import Programs
 from jaxrl.serve_config import ServeConfig
 from jaxrl.serving.served import Served
@@ -107,19 +108,23 @@ def started(config: ServeConfig) -> Iterator[Served]:
     tokenizer = load_tokenizer(
         config.tokenizer or folder, model.config.vocab_size, config.chat_template
     )
+    programs = Programs(
+        model,
+        weights.mesh,
+        dtype=options.dtype,
+        attention=options.attention,
+        grouped_matmul=options.grouped_matmul,
+        whole_layers=holds_whole_layers(options.weights, model, weights.mesh, options.dtype),
+    )
+    first = programs.own(weights.first())
     engine = Engine(
-        Programs(
-            model,
-            weights.mesh,
-            dtype=options.dtype,
-            attention=options.attention,
-            grouped_matmul=options.grouped_matmul,
-        ),
-        EngineLimits.of(options, options.max_len),
+        programs,
+        servers_limits(EngineLimits.of(options, options.max_len), programs, first),
         stop_tokens=tokenizer.stop_ids,
         tokenizer=tokenizer.hf,
     )
-    engine.set_weights(weights.first(), 0)
+    engine.set_weights(first, 0)
+    del first  # the engine lets go of it when it gets others
     if options.warm_up:
         engine.warm_up()
     with Service(engine, max_waiting=config.server.max_waiting) as service:

@@ -47,6 +47,7 @@ FREE = (
     "eval",
     "rollout.slots",
     "rollout.cache_tokens",
+    "rollout.weights",
     "rollout.page",
     "rollout.decode_steps",
     "rollout.prefill_tokens",

@@ -24,6 +24,7 @@ from jaxrl.rollout.collector import Collector, Generates
 from jaxrl.rollout.engine import Engine, EngineLimits
 from jaxrl.rollout.generation import InTurns, Overlapped
 from jaxrl.rollout.handover import Handover
+from jaxrl.rollout.memory import Held, holds_whole_layers, trainers_limits
 from jaxrl.rollout.programs import Programs
 from jaxrl.rollout.requests import Sampling
 from jaxrl.rollout.workers import Worker, WorkerPool
@@ -149,6 +150,7 @@ def _served(config: RlConfig, folder: pathlib.Path) -> ServeConfig:
             max_len=config.seq_len,
             slots=rollout.slots,
             cache_tokens=rollout.cache_tokens,
+            weights=rollout.weights,
             page=rollout.page,
             decode_steps=rollout.decode_steps,
             prefill_tokens=rollout.prefill_tokens,
@@ -177,18 +179,28 @@ def _wait_for(worker, max_len: int, deadline: float, say: Callable[[str], None])
 
 
 def make_engine(config: RlConfig, program: Program, tokenizer: Tokenizer) -> Engine:
-    """On the trainer's devices."""
-    options, layout = config.rollout, program.layout
-    return Engine(
-        Programs(
-            layout.model,
-            layout.mesh,
-            dtype=config.train.compute_dtype,
-            attention=config.train.attention,
-            grouped_matmul=config.train.grouped_matmul,
-        ),
-        EngineLimits.of(options, config.seq_len),
-        stop_tokens=tokenizer.stop_ids,
+    """On the trainer's devices. Raises ConfigError where its cache has no room there."""
+    programs, limits = engine_parts(config, program)
+    return Engine(programs, limits, stop_tokens=tokenizer.stop_ids)
+
+
+def engine_parts(config: RlConfig, program: Program) -> tuple[Programs, EngineLimits]:
+    """(what it runs, its sizes). Raises ConfigError as `make_engine`."""
+    programs = make_programs(program, config.rollout.weights)
+    return programs, trainers_limits(EngineLimits.of(config.rollout, config.seq_len), programs)
+
+
+def make_programs(program: Program, held: Held = "auto") -> Programs:
+    """What an engine runs on the trainer's devices, in its dtype; `held`: see
+    `config.rollout.weights`."""
+    config, layout = program.step.config, program.layout
+    return Programs(
+        layout.model,
+        layout.mesh,
+        dtype=config.compute_dtype,
+        attention=config.attention,
+        grouped_matmul=config.grouped_matmul,
+        whole_layers=holds_whole_layers(held, layout.model, layout.mesh, config.compute_dtype),
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from jaxrl.options import ConfigError
+from jaxrl.rl import main as rl_main
 from jaxrl.sft import main
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -16,7 +17,8 @@ A6000 = ("gpu=1xA6000", "train.attention=triton")
 
 def plan(capsys, name, *flags) -> str:
     config = f"--config={CONFIGS}/{name}.py"
-    assert main(["sft", config, *(f"--config.{flag}" for flag in flags), "--dry_run"]) == 0
+    run = rl_main if name.startswith("rl") else main
+    assert run(["run", config, *(f"--config.{flag}" for flag in flags), "--dry_run"]) == 0
     return capsys.readouterr().out
 
 
@@ -53,6 +55,30 @@ def test_a_run_on_this_hosts_devices(capsys):
 def test_bad_input_is_one_line(capsys, flags, problem):
     with pytest.raises(ConfigError, match=problem):
         plan(capsys, "sft_qwen3_0_6b", *flags)
+
+
+RL = ("model=Qwen3-0.6B", "seq_len=512", "tasks_per_step=2", "algorithm.group_size=4")
+
+
+@pytest.mark.slow
+def test_an_rl_run_has_an_engine_beside_its_step(capsys):
+    printed = plan(capsys, "rl_qwen3_4b", *A6000, *RL, "lora_rank=8", "rollout.slots=4")
+
+    def gib(name: str) -> float:
+        return float(re.search(rf"{name}\s+([\d.]+) GiB", printed)[1])
+
+    assert gib("peak memory per device") == max(gib("while it trains"), gib("while it draws"))
+    cache = 2 * 28 * 8 * 128 * 2 * 4 * 512 / 2**30  # 4 sequences of 512 tokens, in bf16
+    assert gib("the engine's cache") == pytest.approx(cache, rel=0.02)
+    assert "of 2,048 tokens" in printed
+    assert gib("while it trains") > 1.1 + cache  # the frozen parameters
+
+
+def test_an_rl_run_that_servers_draw_for_has_none(capsys):
+    flags = (*RL, "lora_rank=4", "train.compute_dtype=float32", "rollout.servers=http://x:1")
+    printed = plan(capsys, "rl_qwen3_4b", *flags)
+    assert "Plan: 8xCPU" in printed and "peak memory per device" in printed
+    assert "cache" not in printed[printed.index("Plan:") :]
 
 
 @pytest.mark.slow

@@ -39,9 +39,9 @@ def trained(name: str):
     return layout.model, layout.mesh, merge_trees(state.params, state.frozen)
 
 
-def engine(name="dense", limits=LIMITS, **options) -> Engine:
+def engine(name="dense", limits=LIMITS, whole=False, **options) -> Engine:
     model, mesh, weights = trained(name)
-    made = Engine(Programs(model, mesh, dtype="float32"), limits, **options)
+    made = Engine(Programs(model, mesh, dtype="float32", whole_layers=whole), limits, **options)
     made.set_weights(weights, version=0)
     return made
 
@@ -79,9 +79,11 @@ def check(name, request):
             np.testing.assert_array_equal(completion.tokens, expected.argmax(-1))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_tokens_and_log_probs_are_those_of_the_whole_model(name):
-    made = engine(name)
+@pytest.mark.parametrize(
+    ("name", "whole"), [*((n, False) for n in CASES), *((n, True) for n in CASES if n[-1] in "248")]
+)
+def test_tokens_and_log_probs_are_those_of_the_whole_model(name, whole):
+    made = engine(name, whole=whole)
     asked = [made.submit(prompt, GREEDY) for prompt in prompts(10)]
     asked += [made.submit(p, Sampling(max_tokens=9, n=3, seed=1)) for p in prompts(4, seed=1)]
     while made.busy:
