@@ -4,8 +4,9 @@
 #   MODEL=Qwen/Qwen3-4B-Instruct-2507 SERVE_GPUS=0,1,2,3 TRAIN_GPUS=4,5,6,7 \
 #     launch/rl_node.sh --config=configs/rl_qwen3_4b.py [--config.OPTION=VALUE ...]
 #
-# One server per GPU of SERVE_GPUS, at ports from FIRST_PORT (8001) on, with SERVE_FLAGS beside what
-# is below; its log is server-PORT.log. Servers and trainer end together; SIGTERM saves.
+# One server per GPU of SERVE_GPUS, at ports from FIRST_PORT (8001) on, for rollouts of up to MAX_LEN
+# (8192) tokens, which the run's seq_len may not exceed, with SERVE_FLAGS beside what is below; its
+# log is server-PORT.log. Servers and trainer end together; SIGTERM saves.
 
 set -euo pipefail
 
@@ -21,7 +22,8 @@ for gpu in "${gpus[@]}"; do
   port=$((${FIRST_PORT:-8001} + ${#urls[@]}))
   # shellcheck disable=SC2086 # several flags
   CUDA_VISIBLE_DEVICES=$gpu python -m jaxrl.serve --config=configs/serve.py \
-    --config.model="$MODEL" --config.server.port=$port ${SERVE_FLAGS:-} >"server-$port.log" 2>&1 &
+    --config.model="$MODEL" --config.server.port=$port \
+    --config.engine.max_len="${MAX_LEN:-8192}" ${SERVE_FLAGS:-} >"server-$port.log" 2>&1 &
   servers+=($!)
   urls+=("http://127.0.0.1:$port")
 done

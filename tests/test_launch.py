@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 
 import yaml
@@ -109,7 +110,8 @@ def test_one_node_serves_and_trains(tmp_path):
     )
     assert code == 3
     serve = "-m|jaxrl.serve|--config=configs/serve.py|--config.model=M|--config.server.port="
-    assert calls[:2] == [f"0|{serve}8001|", f"2|{serve}8002|"]
+    room = "--config.engine.max_len=8192|"
+    assert calls[:2] == [f"0|{serve}8001|{room}", f"2|{serve}8002|{room}"]
     urls = "http://127.0.0.1:8001,http://127.0.0.1:8002"
     assert calls[2] == (
         f"4,5|-m|jaxrl.rl|--config=F.py|--config.model=M|--config.rollout.servers={urls}|"
@@ -135,7 +137,7 @@ def test_slurm_nodes_serve_and_train(tmp_path):
     assert calls[0].startswith(
         f"{each}|--nodes=1|--ntasks=1|--nodelist=gpu1|python|-m|jaxrl.serve|"
     )
-    assert "--config.server.port=8013|" in calls[0]
+    assert "--config.server.port=8013|--config.engine.max_len=8192|" in calls[0]
     trains = f"{each}|--nodes=2|--ntasks=2|--nodelist=gpu2,gpu3|python|-m|jaxrl.rl|"
     assert calls[1].startswith(f"{trains}--config=F.py|")
     assert "--config.rollout.servers=http://gpu1:8013|" in calls[1]
@@ -143,6 +145,15 @@ def test_slurm_nodes_serve_and_train(tmp_path):
     nobody = job | {"SERVE_NODES": "3"}
     code, said, _ = launched("rl_slurm.sbatch", tmp_path, *flags, MODEL="M", **nobody)
     assert code == 2 and "none is left to train" in said
+
+
+def test_the_examples_run_fits_what_its_servers_take(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = cli.parse(RlConfig, ["rl", "--config=configs/rl_qwen3_4b.py"], "")
+    for script in ("rl_node.sh", "rl_slurm.sbatch"):
+        text = (ROOT / "launch" / script).read_text()
+        (most,) = re.findall(r"max_len=\"\$\{MAX_LEN:-(\d+)\}\"", text)
+        assert "configs/rl_qwen3_4b.py" in text and int(most) >= config.seq_len
 
 
 def test_kubernetes_servers_and_their_trainer(monkeypatch):
