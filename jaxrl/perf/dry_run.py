@@ -151,10 +151,8 @@ def _plan_table(program: Program, name: str, plan: dict) -> Table:
     table.add_row("mesh", axes)
     rows = f"{program.micro_batches} micro-batches of {program.rows} rows of {program.seq_len}"
     table.add_row("optimizer step", f"{rows} tokens = {program.tokens_per_step:,} tokens")
-    attention = program.step.attention(
-        packed=True, seq_len=program.seq_len, shared_prefix=program.shared_prompts
-    )
-    table.add_row("attention", attention.name)
+    for what, implementation in program.kernels.items():
+        table.add_row(what, implementation)
     table.add_row("peak memory per device", f"{plan['peak_mem_gib']:.2f} GiB (planned)")
     if name != "CPU":
         memory = f"{gpu(name).memory_gib:.1f} GiB, of which {gpu(name).pool_gib:.1f} can be had"

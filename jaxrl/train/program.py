@@ -63,6 +63,28 @@ class Program:
     def tokens_per_step(self) -> int:
         return self.micro_batches * self.rows * self.seq_len
 
+    @property
+    def kernels(self) -> dict[str, str]:
+        """The implementations that its step resolves to, by what they do. Raises ConfigError where
+        there is none."""
+        attention = self.step.attention(
+            packed=self.packed, seq_len=self.seq_len, shared_prefix=self.shared_prompts
+        )
+        found = {"attention": attention.name}
+        return found | ({"experts": self.step.grouped_matmul().name} if self.has_experts else {})
+
+    @property
+    def summary(self) -> str:
+        """Model, devices and kernels, in a line."""
+        mesh, layout = self.layout.mesh, self.layout
+        axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+        learn = sum(s.size for s in layout.trainable_specs.values())
+        kernels = ", ".join(f"{what} {name}" for what, name in self.kernels.items())
+        return (
+            f"{layout.model.config.name}: {learn:,} trained parameters on {mesh.size} "
+            f"{mesh.devices.flat[0].device_kind} ({axes}), {kernels}"
+        )
+
     def abstract_batch(self) -> Batch:
         sharding = NamedSharding(self.layout.mesh, BATCH_SPEC)
         shape = (self.micro_batches, self.rows, self.seq_len)

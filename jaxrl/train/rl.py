@@ -385,12 +385,8 @@ def report(run: Run, step: int, stopped: bool) -> int:
 
 def describe(config: RlConfig, program: Program, tasks: int) -> str:
     """The run in one line."""
-    mesh = program.layout.mesh
-    axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
-    learn = sum(s.size for s in program.layout.trainable_specs.values())
     return (
-        f"{program.layout.model.config.name}: {learn:,} trained parameters on {mesh.size} "
-        f"{mesh.devices.flat[0].device_kind} ({axes}); {tasks:,} tasks of "
-        f"{config.env.name}, {config.max_steps:,} steps of {config.tasks_per_step} tasks x "
-        f"{config.algorithm.group_size} rollouts, loss {config.loss.name}"
+        f"{program.summary}; {tasks:,} tasks of {config.env.name}, {config.max_steps:,} steps of "
+        f"{config.tasks_per_step} tasks x {config.algorithm.group_size} rollouts, loss "
+        f"{config.loss.name}"
     )

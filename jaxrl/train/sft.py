@@ -272,15 +272,11 @@ def write_aside(run: Run) -> pathlib.Path:
 
 def describe(config: SftConfig, program: Program, samples: Samples, total: int | None) -> str:
     """The run in one line."""
-    mesh = program.layout.mesh
-    axes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
-    learn = sum(s.size for s in program.layout.trainable_specs.values())
     about = "about " if not config.max_steps else "at most " if config.epochs else ""
     steps = f"{about}{total:,} steps" if total else "steps without end"
     return (
-        f"{program.layout.model.config.name}: {learn:,} trained parameters on {mesh.size} "
-        f"{mesh.devices.flat[0].device_kind} ({axes}); {len(samples):,} samples, {steps} of "
-        f"{program.tokens_per_step:,} tokens, {program.micro_batches} micro-batches each"
+        f"{program.summary}; {len(samples):,} samples, {steps} of {program.tokens_per_step:,} "
+        f"tokens, {program.micro_batches} micro-batches each"
     )
 
 
