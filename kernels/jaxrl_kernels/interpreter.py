@@ -4,6 +4,7 @@ The interpreter takes torch tensors; `_Buffer` is the part of their interface th
 Private Triton API is used here only.
 """
 
+import collections
 import contextlib
 import functools
 import threading
@@ -19,35 +20,38 @@ import numpy as np
 
 def interpret(
     kernel: Any,
-    inputs: Sequence[jax.Array],
+    inputs: Sequence[jax.Array | None],
     out: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
     static: dict[str, Any],
 ) -> list[jax.Array]:
     """Run `kernel` over `grid` with pointers to `inputs` and then to the arrays of `out`.
 
-    Outputs start as not-a-number, or -1 where integer: what a kernel leaves out shows.
+    Outputs start as not-a-number, or -1 where integer: what a kernel leaves out shows. An input
+    that is None reaches the kernel as None.
     """
 
     def run(*arrays):
-        arrays = [np.array(a) for a in arrays]
+        global _running
+        arrays = [None if a is None else np.array(a) for a in arrays]
         results = [np.full(s.shape, _poison(s.dtype), s.dtype) for s in out]
-        pointers = [_Buffer(a) for a in (*arrays, *results)]
+        pointers = [None if a is None else _Buffer(a) for a in (*arrays, *results)]
         with _ONE_AT_A_TIME, _interpreting():
+            _running = kernel.fn.__name__
             _interpreted(kernel.fn).run(*pointers, grid=grid, warmup=False, **static)
         return results
 
     return list(jax.pure_callback(run, list(out), *inputs, vmap_method="sequential"))
 
 
-def count_products(function, *args, **kwargs) -> tuple[Any, int]:
-    """(function(...), how many `tl.dot` the interpreted kernels in it did): blocks visited."""
-    global _products
-    _products = 0
-    return jax.block_until_ready(function(*args, **kwargs)), _products
+def count_products(function, *args, **kwargs) -> tuple[Any, dict[str, int]]:
+    """(function(...), how many `tl.dot` each kernel in it did, by its name): blocks visited."""
+    _products.clear()
+    return jax.block_until_ready(function(*args, **kwargs)), dict(_products)
 
 
-_products = 0
+_products: collections.Counter[str] = collections.Counter()
+_running = ""
 # The interpreter's state is global, and several devices may call it at once.
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -92,10 +96,9 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
     Triton's own keeps bfloat16 as its bits, and multiplies those.
     """
-    global _products
     from triton.runtime.interpreter import TensorHandle
 
-    _products += 1
+    _products[_running] += 1
     product = np.matmul(_as_fp32(a), _as_fp32(b), dtype=np.float32)
     return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
