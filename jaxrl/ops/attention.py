@@ -44,7 +44,9 @@ def flash_attention(
     scores, fp32 [B, N, T], differentiable. target: what the program is for, default the default
     device. Raises ValueError where `implementation` cannot do this there, naming those that can.
 
-    Kernels are opaque to the SPMD partitioner: over several devices, call it in a `shard_map`.
+    Not-a-number in a key or value that a query does not see can still reach it, as 0 times that,
+    where both are in one block. Kernels are opaque to the SPMD partitioner: over several devices,
+    call it in a `shard_map`, whose gradients need check_vma=False. jax-triton has no `vmap`.
     """
     _, fn = ATTENTION.resolve(
         implementation,

@@ -40,6 +40,8 @@ class BlockAttention:
 
     q and dout [B, T, N, H], k and v [B, T, K, H]; lse and delta = sum(dout * out) [B, N, T].
     bounds: None for all keys; causal: of those, only keys at or before the query's own position.
+    With causal, a range of keys must not end before its query, nor a range of queries begin after
+    its key: not all implementations read those ends.
     """
 
     forward: Callable

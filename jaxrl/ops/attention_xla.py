@@ -54,8 +54,10 @@ def blocked_attention(
 
     segment_ids: runs of equal ids are documents. N is a multiple of K (grouped queries). scale:
     default 1 / sqrt(H). return_lse: also the log-sum-exp of the scores, fp32 [B, N, T]. block:
-    default `block_size`.
+    default `block_size`. Raises ValueError where a side is 0.
     """
+    if 0 in (*q.shape, *k.shape):
+        raise ValueError(f"q {q.shape} and k {k.shape}: no side may be 0")
     T = q.shape[1]
     block = min(block or block_size(T), T)
     documents = None if segment_ids is None else document_bounds(segment_ids)

@@ -33,12 +33,14 @@ def experts(
 
     Products in the dtype of x, sums in fp32. The gradients of the experts' weights have their dtype
     and are not rounded to that of x; the gradient of `weights` is exact also where a weight is 0.
-    Choices that `routing` dropped count for nothing.
+    Choices that `routing` dropped count for nothing. Raises ValueError where a side is 0.
     """
     return _forward(x, weights, routing, w_gate, w_up, w_down)[0]
 
 
 def _forward(x, weights, routing, w_gate, w_up, w_down):
+    if 0 in (*weights.shape, *w_gate.shape):
+        raise ValueError(f"weights {weights.shape} and w_gate {w_gate.shape}: no side may be 0")
     rows = _Rows(routing)
     F, D = w_down.shape[1:]
 
@@ -46,9 +48,10 @@ def _forward(x, weights, routing, w_gate, w_up, w_down):
         w, down = _side_by_side(x, w_gate, w_up, e), w_down[e].astype(x.dtype)
 
         def block(first, count, carry, *, fresh):
-            del fresh
             both, out = carry
             here = x.at[rows.token(first, count)].get(mode=IN_BOUNDS)
+            if fresh:  # rows behind the expert's are another's, or dropped
+                here = jnp.where(rows.valid(e, first, count), here, 0)
             mine = _dot(here, w, 1, 0).astype(x.dtype)
             result = _dot(swiglu(mine), down, 1, 0).astype(x.dtype)
             return _store(both, mine, first), _store(out, result, first)
@@ -75,7 +78,9 @@ def _backward(residuals, dy):
         def block(first, count, carry, *, fresh):
             dx, dweight, *totals = carry
             token, valid = rows.token(first, count), rows.valid(e, first, count)
-            here = dy.at[token].get(mode=IN_BOUNDS)
+            here, there = (a.at[token].get(mode=IN_BOUNDS) for a in (dy, x))
+            if fresh:
+                here, there = (jnp.where(valid, a, 0) for a in (here, there))
             mine = lax.dynamic_slice_in_dim(weight, first, count)
             h, pull_back = jax.vjp(swiglu, lax.dynamic_slice_in_dim(both, first, count))
             dh = _dot(here, down, 1, 1)  # not weighted yet
@@ -85,7 +90,7 @@ def _backward(residuals, dy):
             dmine = jnp.where(valid, dmine, 0)
             h = jnp.where(valid, h * mine, 0).astype(x.dtype)
             dx = _store(dx, _dot(dmine, w, 1, 1).astype(x.dtype), first)
-            dw = _dot(x.at[token].get(mode=IN_BOUNDS), dmine, 0, 0)
+            dw = _dot(there, dmine, 0, 0)
             parts = (*jnp.split(dw, 2, axis=1), _dot(h, here, 0, 0))
             sums = parts if fresh else (t[e] + p for t, p in zip(totals, parts, strict=True))
             put = lax.dynamic_update_index_in_dim

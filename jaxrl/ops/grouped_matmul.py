@@ -74,7 +74,8 @@ def grouped_matmul(
     gradient has its own dtype. target: what the program is for, default the default device. Raises
     ValueError where `implementation` cannot do this there, naming those that can.
 
-    Kernels are opaque to the SPMD partitioner: over several devices, call it in a `shard_map`.
+    Kernels are opaque to the SPMD partitioner: over several devices, call it in a `shard_map`,
+    whose gradients need check_vma=False. jax-triton has no `vmap`.
     """
     target = target or Target.here()
     case = {"dtype": x.dtype, "features": (w.shape[1], w.shape[2])}

@@ -22,7 +22,8 @@ def grouped_matmul(
     """Rows times their expert's weights, in the dtype of x, whatever the dtype of w; sums in fp32.
 
     x holds group_sizes[0] rows of expert 0, then those of expert 1, ...; rows beyond all groups
-    yield zeros. The gradient of w has the dtype of w and is not rounded to that of x.
+    yield zeros. The gradient of w has the dtype of w and is not rounded to that of x. Raises
+    ValueError where a side is 0.
     """
     return _rows(x, (w,), group_sizes)
 
@@ -97,11 +98,19 @@ def _mine(first, block, end, M):
     return at, ((rows >= first) & (rows < end))[:, None]
 
 
+def _sizes_and_ends(group_sizes):
+    """In int32: sums of small integers would overflow."""
+    group_sizes = group_sizes.astype(jnp.int32)
+    return group_sizes, jnp.cumsum(group_sizes)
+
+
 def _rows(x, ws, group_sizes, *, transposed=False):
     """x times each expert's ws side by side; transposed: x times the transpose of that."""
     M, E = x.shape[0], ws[0].shape[0]
+    if 0 in (*x.shape, *ws[0].shape):
+        raise ValueError(f"x {x.shape} and w {ws[0].shape}: no side may be 0")
     width = ws[0].shape[1] if transposed else sum(w.shape[2] for w in ws)
-    ends = jnp.cumsum(group_sizes)
+    group_sizes, ends = _sizes_and_ends(group_sizes)
 
     def expert(e, out):
         mine = jnp.concatenate([w[e].astype(x.dtype) for w in ws], axis=1)
@@ -126,7 +135,7 @@ def _rows(x, ws, group_sizes, *, transposed=False):
 def _weights(x, dy, group_sizes, ws):
     """The gradients of ws, whose results stand side by side in dy."""
     M = x.shape[0]
-    ends = jnp.cumsum(group_sizes)
+    group_sizes, ends = _sizes_and_ends(group_sizes)
     splits = [sum(w.shape[2] for w in ws[:i]) for i in range(1, len(ws))]
 
     def expert(e):

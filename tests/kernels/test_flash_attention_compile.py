@@ -15,7 +15,8 @@ from scripts import output_of
 
 from jaxrl.perf import hardware
 
-# T, N, K, H of the eight models' layers (two share theirs), and the longest published row.
+# T, N, K, H of the eight models' layers (two share theirs), the widest head, and the longest
+# published row.
 SHAPES = {
     "Qwen3-0.6B": (16384, 16, 8, 128),
     "Qwen3-4B, Llama-3.1-8B": (16384, 32, 8, 128),
@@ -24,6 +25,7 @@ SHAPES = {
     "INTELLECT-3": (16384, 96, 8, 128),
     "Llama-3.2-1B": (16384, 32, 8, 64),
     "Llama-3.2-3B": (16384, 24, 8, 128),
+    "head_dim 256": (4096, 16, 8, 256),
     "longest": (65536, 32, 8, 128),
 }
 # An A100 has an A6000's matrix units and more shared memory: these will do there. All shapes on all

@@ -1,6 +1,7 @@
 """Tiles and the list of validated GPUs: what the kernels read, and what a run on a GPU writes."""
 
 import json
+import shutil
 import threading
 
 import jax.numpy as jnp
@@ -92,6 +93,14 @@ def test_a_gpu_is_validated_once_it_is_recorded():
 
 
 @pytest.mark.usefixtures("installed")
+def test_two_gpus_are_validated_for_one_kernel():
+    for gpu in (H200, "another"):
+        validated.record("attention triton", gpu, TODAY)
+    assert validated.is_validated("attention triton", H200)
+    assert validated.is_validated("attention triton", "another")
+
+
+@pytest.mark.usefixtures("installed")
 def test_a_failure_takes_it_back():
     for kernel in ("attention triton", "attention tokamax"):
         validated.record(kernel, H200, TODAY)
@@ -114,6 +123,23 @@ def test_it_holds_for_the_kernel_and_the_package_that_were_tested(monkeypatch, i
     assert validated.has_failed("attention tokamax", H200)
     monkeypatch.setattr(validated, "source", lambda kernel: "another")
     assert not validated.is_validated("attention triton", H200)
+
+
+@pytest.mark.parametrize("kernel", validated.SOURCES)
+def test_a_kernels_source_is_its_own_code(kernel, tmp_path, monkeypatch):
+    source, folders = validated.source.__wrapped__, ("flash_attention", "grouped_matmul")
+    before = source(kernel)
+    for folder in folders:
+        shutil.copytree(validated.FOLDER / folder, tmp_path / folder)
+    monkeypatch.setattr(validated, "FOLDER", tmp_path)
+    changes = []
+    for folder in folders:
+        code = tmp_path / folder / "kernels.py"
+        committed = code.read_bytes()
+        code.write_bytes(committed + b"\n")
+        changes.append(source(kernel) != before)
+        code.write_bytes(committed)
+    assert changes == [kernel == "attention triton", kernel == "grouped_matmul triton"]
 
 
 def test_what_is_committed_can_be_read():

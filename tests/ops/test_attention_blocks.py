@@ -69,6 +69,16 @@ def test_blocks(implementation, causal, packed):
         check(implementation, target, 2, 50, 2, 1, 16, dtype, causal, packed)
 
 
+def test_a_query_that_sees_no_key_gets_zeros_from_xla():
+    q, k, v, *_ = arrays(2, 50, 2, 1, 16, "float32")
+    case = {"dtype": q.dtype, "head_dim": 16, "packed": True, "seq_len": 50}
+    blocks = resolve_blocks("xla", target=Target("cpu"), **case)[1]
+    bounds = across(2, 50)
+    out, lse = jax.jit(lambda *qkv: blocks.forward(*qkv, bounds, False))(q, k, v)
+    blind = np.asarray(lse) <= -1e30
+    assert blind.any() and not np.asarray(jnp.swapaxes(out, 1, 2))[blind].any()
+
+
 @pytest.mark.gpu
 @pytest.mark.validates("attention triton")
 @pytest.mark.parametrize("H", [64, 128])

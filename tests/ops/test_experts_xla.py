@@ -73,6 +73,40 @@ def test_whole_blocks_and_a_last_one(case, many, monkeypatch):
     check(*CASES[case])
 
 
+def test_not_a_numbers_stay_with_their_token_and_expert():
+    rng = np.random.default_rng(0)
+    T, D, F, E = 12, 8, 8, 3
+    chosen = jnp.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 7, 7])[:, None]  # 7: dropped
+    x, dy = (jnp.asarray(rng.standard_normal((T, D)), jnp.float32) for _ in range(2))
+    shapes = (E, D, F), (E, D, F), (E, F, D)
+    w = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes]
+
+    @jax.jit
+    def run(x, dy):
+        def layer(x, *w):
+            return experts_xla.experts(x, jnp.ones((T, 1)), route(chosen, E), *w)
+
+        y, pull_back = jax.vjp(layer, x, *w)
+        return y, *pull_back(dy)
+
+    def spoilt(x, dy):
+        """Rows of y and of dx, and experts whose gradients are not numbers."""
+        y, dx, *dws = (np.isnan(a).any(axis=(*range(1, a.ndim),)) for a in run(x, dy))
+        return *(np.flatnonzero(a).tolist() for a in (y, dx)), np.flatnonzero(sum(dws)).tolist()
+
+    assert spoilt(x.at[10].set(jnp.nan), dy) == ([], [], [])
+    assert spoilt(x.at[4].set(jnp.nan), dy) == ([4], [4], [1])
+    assert spoilt(x, dy.at[4].set(jnp.nan)) == ([], [4], [1])
+
+
+@pytest.mark.parametrize(("T", "k", "E"), [(0, 2, 3), (4, 0, 3), (4, 2, 0)])
+def test_sides_of_0_are_refused(T, k, E):
+    routing = route(jnp.zeros((T, k), jnp.int32), E)
+    x, weights, w = jnp.zeros((T, 8)), jnp.zeros((T, k)), jnp.zeros((E, 8, 8))
+    with pytest.raises(ValueError, match="no side may be 0"):
+        experts_xla.experts(x, weights, routing, w, w, w)
+
+
 def test_memory_is_linear_in_tokens():
     """Temporaries: gate and up, results and their gradients; no [T, E] of features."""
 

@@ -97,6 +97,17 @@ def test_equals_the_mask(name, implementation, monkeypatch):
         assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b), what
 
 
+def test_a_prompt_longer_than_what_is_visited_at_once(monkeypatch):
+    """In XLA's blocks: more blocks in a row see nothing than are computed together."""
+    monkeypatch.setattr(attention_xla, "block_size", lambda seq_len: 1)
+    rows = [[[2, 3], [40, 5]]]
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 50, n, 8)), jnp.float32) for n in (2, 1, 1))
+    case = {"dtype": jnp.float32, "head_dim": 8, "packed": True, "seq_len": 50}
+    attend = jax.jit(family_attention(resolve_blocks("xla", target=Target("cpu"), **case)[1]))
+    np.testing.assert_allclose(attend(q, k, v, families(*rows)), masked(rows)(q, k, v), atol=1e-5)
+
+
 @pytest.mark.slow
 def test_two_passes_of_the_kernel_on_a_gpu():
     """At 32768 tokens: kernels alone, and memory of a few arrays."""

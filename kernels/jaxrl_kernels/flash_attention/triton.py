@@ -50,8 +50,9 @@ def flash_attention(
     none are not visited, forward or backward. scale: default 1 / sqrt(H); above 0. gpu: whose
     tuned tiles to use; capability: what to compile for, e.g. 90 (None: the GPU that is here).
 
-    Backward is deterministic: every sum has a fixed order. Raises ValueError for shapes, dtypes
-    and scales it cannot take.
+    Backward is deterministic: every sum has a fixed order. In fp16 it rounds p (dp - delta) before
+    `scale` is applied: above 65504 that overflows. Raises ValueError for shapes, dtypes and scales
+    it cannot take.
     """
     _check(q, k, v, segment_ids, scale)
     starts = ends = None
@@ -69,6 +70,8 @@ def _check(q, k, v, segment_ids, scale) -> None:
         raise ValueError(
             f"q {q.shape}, k {k.shape}, v {v.shape}: want [B, T, N, H] and twice [B, T, K, H]"
         )
+    if 0 in (*q.shape, *k.shape):
+        raise ValueError(f"q {q.shape} and k {k.shape}: no side may be 0")
     (B, T, N, H), K = q.shape, k.shape[2]
     if k.shape != (B, T, K, H) or N % K:
         raise ValueError(f"q {q.shape} and k {k.shape}: B, T and H must agree, and K divide N")
@@ -110,8 +113,10 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 # The three kernels one by one. What queries see is not bound to be documents: starts and ends,
 # int32 [B, T], are per query the range of its keys (forward, dq), per key the range of its queries
-# (dkv), within the causal mask if there is one. They must not fall along T. A query with an empty
-# range gets lse -inf and an out that is not a number. `dtype`: of the results, default q's.
+# (dkv), within the causal mask if there is one. They must not fall along T. With a causal mask, a
+# range of keys must not end before its query, nor a range of queries begin after its key: the
+# kernels read the other end only. A query with an empty range gets lse -inf and an out that is not
+# a number. `dtype`: of the results, default q's.
 
 
 def forward(static: Static, q, k, v, starts, ends, dtype=None) -> tuple[Array, Array]:

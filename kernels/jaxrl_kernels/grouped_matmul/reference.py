@@ -8,6 +8,7 @@ from jax import Array
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     """As `jaxrl_kernels.grouped_matmul.triton.grouped_matmul`: E full products, all but one group's
     rows of each thrown away."""
+    group_sizes = group_sizes.astype(jnp.int32)  # sums of small integers would overflow
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(x.shape[0])[:, None]
     out = jnp.zeros((x.shape[0], w.shape[2]), jnp.float32)

@@ -87,8 +87,8 @@ def grouped_swiglu(
 
 
 def _check(x, group_sizes, **weights) -> None:
-    if x.ndim != 2 or x.shape[0] < 1:
-        raise ValueError(f"x {x.shape}: want [M, K] with at least one row")
+    if x.ndim != 2:
+        raise ValueError(f"x {x.shape}: want [M, K]")
     if x.dtype.name not in DTYPES:
         raise ValueError(f"x is {x.dtype}: want one of {', '.join(DTYPES)}")
     if group_sizes.ndim != 1 or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
@@ -98,6 +98,8 @@ def _check(x, group_sizes, **weights) -> None:
             raise ValueError(
                 f"{name} {w.shape}: want [E, K, N] with E {group_sizes.shape[0]}, K {x.shape[1]}"
             )
+        if 0 in (*x.shape, *w.shape):
+            raise ValueError(f"x {x.shape} and {name} {w.shape}: no side may be 0")
         if not jnp.issubdtype(w.dtype, jnp.floating):
             raise ValueError(f"{name} is {w.dtype}: want a floating dtype")
 
