@@ -28,6 +28,12 @@ def test_rows_and_experts_of_grouped_products():
     rows = dict(TILES=1, E=E, K2=0, TRANSPOSED=False, BLOCK_K2=16)
     run(grouped.rows_kernel, x, w, x, w, tile, out, grid=(1,), **rows, **static)
     assert np.all(out[-16:] == K / 2)
+    # Back: the gradient of x is as large.
+    wide = static | dict(K=N, N=K, BLOCK_N=128, BLOCK_K=16)
+    dx, rows["TRANSPOSED"] = lazily(M, K), True
+    out[-16:] = 1
+    run(grouped.rows_kernel, out, w, out, w, tile, dx, grid=(K // 128,), **rows, **wide)
+    assert np.all(dx[-16:] == N / 2)
     dy, offsets, dw = lazily(M, N), np.array([M - 16, M], np.int32), np.zeros((1, K, N), np.float32)
     dy[-16:] = 0.5
     run(grouped.weights_kernel, x, dy, offsets, dw, grid=(K // 128, 1), **static)
