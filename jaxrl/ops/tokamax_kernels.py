@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jaxrl_kernels import tiles
 from jaxtyping import Array, Float, Int
 
 IMPLEMENTATIONS = ("mosaic", "triton")  # of ragged_dot; attention is Mosaic
@@ -31,6 +32,7 @@ _SUM_OVER_ROWS = jax.lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], 
 # Tiles by architecture: what wins most of tokamax's own measurements of bf16 products with at
 # least 16,384 rows (data/autotuning of 0.0.17: H100 and B200). It falls back to other tiles where
 # it did not measure the very shape. Ampere's are its fallback, which fits any shared memory.
+# Triton's are never larger than the product (`_clamped`): an adapter's rank of 16 takes 16.
 _MOSAIC_TILES: dict[int, dict[str, Any]] = {
     9: dict(block_m=128, block_n=64, block_k=128, num_stages=4, split_k=1)
     | dict(persistent=True, grid_minor_dim=1, grid_tile_width=8),
@@ -40,7 +42,10 @@ _MOSAIC_TILES: dict[int, dict[str, Any]] = {
 _TRITON_TILES: dict[int, dict[str, Any]] = {
     8: dict(block_m=128, block_n=128, block_k=32, num_warps=4, num_stages=4),
     9: dict(block_m=128, block_n=128, block_k=32, num_warps=4, num_stages=4),
-    10: dict(block_m=256, block_n=256, block_k=32, num_warps=4, num_stages=3),
+    # Compiled, not timed: no B200 has run it. tokamax's winner there, 256 x 256 by 4 warps, keeps
+    # 512 sums a thread and spills 2.7 KB of them when it stores; this one spills nothing. By itself
+    # `ragged_dot` would take Mosaic there: it is for ranks, which are too narrow for that.
+    10: dict(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3),
 }
 _TRITON_SUM_TILES: dict[int, dict[str, Any]] = {  # of the weights' gradient
     8: dict(block_m=128, block_n=128, block_k=32, num_warps=4, num_stages=4),
@@ -261,8 +266,11 @@ def _product(a, b, group_sizes, dimensions, implementation):
         config = gpu.PallasMosaicRaggedDotConfig(**_MOSAIC_TILES[major])
         op = gpu.PallasMosaicRaggedDot(config=config)
     else:
-        tiles = _TRITON_SUM_TILES if dimensions is _SUM_OVER_ROWS else _TRITON_TILES
-        op = gpu.PallasTritonRaggedDot(config=gpu.PallasTritonRaggedDotConfig(**tiles[major]))
+        sums = dimensions is _SUM_OVER_ROWS
+        k, m = a.shape if sums else a.shape[::-1]
+        n = b.shape[1 if dimensions is not _ROWS_BY_EXPERT else 2]
+        tile = _clamped((_TRITON_SUM_TILES if sums else _TRITON_TILES)[major], m, n, k)
+        op = gpu.PallasTritonRaggedDot(config=gpu.PallasTritonRaggedDotConfig(**tile))
     return op(
         a,
         b,
@@ -270,6 +278,13 @@ def _product(a, b, group_sizes, dimensions, implementation):
         ragged_dot_dimension_numbers=dimensions,
         preferred_element_type=a.dtype,
     )
+
+
+def _clamped(tile: dict[str, Any], m: int, n: int, k: int) -> dict[str, Any]:
+    """`tile`, its blocks at most the sides of an m x k by k x n product, rounded up to a power of
+    two: beyond them all is masked, and the tensor cores would multiply zeros."""
+    sides = {"block_m": m, "block_n": n, "block_k": k}
+    return tile | {name: min(tile[name], tiles.power_of_two(x)) for name, x in sides.items()}
 
 
 def _zero_beyond(rows, group_sizes):

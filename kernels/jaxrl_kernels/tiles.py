@@ -169,6 +169,7 @@ def _default(which: str, capability: int | None, itemsize: int, head: int, odd: 
         return of.get(generation, Tile(64, 64, 4, 2))
     if head == 128:
         of = {8: Tile(64, 64, 8, 2), 9: Tile(32, 128, 8, 2) if odd else Tile(32, 64, 4, 2)}
+        of |= {10: Tile(32, 64, 8, 2)}  # of fewer than 64 keys sm_100's own products cannot be
         return of.get(generation, Tile(64, 32, 4, 2))
     of = {8: Tile(32, 64, 4, 2), 9: Tile(64, 64, 4, 2)}
     return of.get(generation, Tile(64, 64, 8, 2))

@@ -5,6 +5,7 @@ JSON: a Mosaic kernel that is wrong for its GPU aborts the process. The grouped 
 also runs in Pallas' GPU interpreter; numbers of the other kernels need a GPU (`pytest -m gpu`).
 """
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -21,10 +22,16 @@ from validation import skip
 
 from jaxrl.ops import tokamax_kernels
 
-GPUS = ("H100", "H200", "B200", "A6000")
+GPUS = ("H100", "H200", "B200", "A6000", "A100")
 ATTENTION = ((1, 4096, 32, 8, 128), (1, 4096, 32, 8, 64))  # B T N K H
 GROUPED = (8192, 2048, 768, 128)  # M K N E
 LAYERS = (16, 16, 1024, 1024)  # L E K N, of 512 rows
+M, E, R = 131072, 128, 16
+# D, F of experts. 235B-A22B's are, as 30B-A3B's, multiples of every tile's sides: its kernels are
+# those but for constants. GLM's F is no multiple of 256, a side of Hopper's and Blackwell's alone.
+MODELS = {"30B-A3B": (2048, 768), "GLM-4.5-Air": (4096, 1408)}
+SMEM = {"A6000": 99, "A100": 163, "H100": 227, "B200": 227}  # KiB per program
+MMA = {"A6000": "HMMA", "A100": "HMMA", "H100": "HGMMA", "B200": "UTCHMMA"}
 MOSAIC, TRITON = 'custom_call_target="mosaic_gpu_v2"', 'custom_call_target="triton_kernel_call_ffi"'
 MiB = 2**20
 
@@ -75,6 +82,7 @@ def test_attention_kept_by_a_checkpoint_policy_runs_once(compiled):
         ("H200", "mosaic", (2, 1)),
         ("B200", "mosaic", (2, 1)),
         ("A6000", "triton", (0, 3)),
+        ("A100", "triton", (0, 3)),
         ("B200", "triton", (0, 3)),
     ],
 )
@@ -95,7 +103,71 @@ def test_weights_of_all_layers_are_not_turned_in_front_of_the_loop(compiled, gpu
 
 @pytest.mark.slow
 def test_ragged_dot_takes_the_implementation_of_the_gpu(compiled):
-    assert [compiled(gpu)["default"] for gpu in GPUS] == ["mosaic", "mosaic", "mosaic", "triton"]
+    assert [compiled(gpu)["default"] for gpu in GPUS] == ["mosaic"] * 3 + ["triton"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", SMEM)
+def test_triton_kernels_fit_each_gpu_at_the_shapes_of_the_models(compiled, gpu):
+    seen = compiled(gpu)["kernels"]
+    # Up and down share those of rows (forward of the one, dx of the other); a sum has its own.
+    assert {model: len(kernels) for model, kernels in seen.items()} == {
+        model: 6 + 6 for model in models_on(gpu)
+    }
+    for model, kernels in seen.items():
+        for kernel in kernels:
+            assert kernel["spill_bytes"] == 0, (model, kernel)
+            assert kernel["smem_bytes"] <= SMEM[gpu] * 1024, (model, kernel)
+            assert kernel["registers"] * 32 * kernel["num_warps"] <= 65536, (model, kernel)
+            assert kernel["global_atomics"] == [], (model, kernel)
+        # Sums 16 rows high, the gradients of up's and down's b, are too low for Hopper's and
+        # Blackwell's own instructions, which take 64: warps multiply.
+        others = [k["name"] for k in kernels if k["mma_kinds"] != [MMA[gpu]]]
+        assert others == ["_ragged_contracting_dim_dot_kernel"] * (2 if gpu[0] != "A" else 0)
+
+
+def models_on(gpu):
+    return MODELS if gpu in ("H100", "B200") else {"30B-A3B": MODELS["30B-A3B"]}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_triton_tiles_are_no_larger_than_the_product(capability):
+    """What tokamax is called with, by shape: x [M, K] w [E, K, N], forward, dx and dw."""
+    from tokamax.ops import gpu
+
+    seen = []
+
+    class Op:
+        def __init__(self, config):
+            self.config = config
+
+        def __call__(self, a, b, **_):
+            c = self.config
+            seen.append((c.block_m, c.block_n, c.block_k))
+            raise StopIteration
+
+    def tiles_of(M, K, N):
+        seen.clear()
+        x, w, dout = (jnp.zeros(s, jnp.bfloat16) for s in ((M, K), (2, K, N), (M, N)))
+        for a, b, dimensions in (
+            (x, w, tokamax_kernels._ROWS_BY_EXPERT),
+            (dout, w, tokamax_kernels._ROWS_BY_TRANSPOSED),
+            (x, dout, tokamax_kernels._SUM_OVER_ROWS),
+        ):
+            with pytest.raises(StopIteration):
+                tokamax_kernels._product(a, b, None, dimensions, "triton")
+        return seen
+
+    with (
+        mock.patch.object(tokamax_kernels, "_compute_capability", lambda: capability),
+        mock.patch.object(gpu, "PallasTritonRaggedDot", Op),
+    ):
+        rows, _, sums = wide = [*tiles_of(4096, 1024, 512)]
+        assert min(min(tile) for tile in wide) >= 32
+        m, n, k = rows
+        assert tiles_of(4096, 1024, 16) == [(m, 16, k), (m, n, 16), (sums[0], 16, sums[2])]
+        assert tiles_of(4096, 16, 512) == [(m, n, 16), (m, 16, k), (16, sums[1], sums[2])]
+        assert tiles_of(5, 40, 3) == [(16, 16, min(k, 64)), (16, min(n, 64), 16), (64, 16, 16)]
 
 
 def test_what_attention_cannot_do():
@@ -350,11 +422,40 @@ def main(gpu):
         layer = jax.checkpoint(layer, policy=policy)
         return jnp.sum(jax.lax.scan(layer, x, length=4)[0].astype(jnp.float32) ** 2)
 
+    def kernels(D, F):
+        """tokamax's Triton kernels of one model's experts and their adapters, all trained."""
+        from jaxrl_kernels import launch, resources
+
+        product = functools.partial(tokamax_kernels.ragged_dot, implementation="triton")
+
+        def projection(x, w, a, b, sizes):
+            return product(x, w, sizes) + product(product(x, a, sizes), b, sizes)
+
+        def gradients(x, dy, sizes, *weights):
+            return jax.vjp(lambda *xw: projection(*xw, sizes), x, *weights)[1](dy)
+
+        replicated = NamedSharding(mesh, P())
+        found = []
+        for K, N in ((D, F), (F, D)):
+            shapes = (M, K), (M, N), (E,), (E, K, N), (E, K, R), (E, R, N)
+            args = [
+                jax.ShapeDtypeStruct(s, int32 if s == (E,) else bf16, sharding=replicated)
+                for s in shapes
+            ]
+            with compile_only.as_device(mesh), launch.collect() as new:
+                jax.jit(gradients).lower(*args)
+            found += new
+        return [
+            dataclasses.asdict(resources.resources(k)) | {"num_warps": k.num_warps} for k in found
+        ]
+
     seen = {}
+    if gpu in SMEM:  # first: a kernel that is compiled is not collected again
+        seen["kernels"] = {model: kernels(D, F) for model, (D, F) in models_on(gpu).items()}
     with compile_only.as_device(mesh):
         capability = tokamax_kernels._compute_capability()
     seen["default"] = tokamax_kernels.ragged_dot_implementation(capability)
-    if gpu != "A6000":
+    if capability >= 90:
         for shape in ATTENTION:
             B, T, N, K, H = shape
             args = [((B, T, n, H), bf16) for n in (N, K, K)] + [((B, T), int32)] * 2
@@ -362,12 +463,12 @@ def main(gpu):
                 seen[f"attention {shape} {packed}"] = compile_on(attention_gradient(packed), *args)
     if gpu == "H100":
         seen["kept"] = compile_on(jax.grad(kept), ((1, 1024, 512), bf16), ((1, 1024), int32))
-    M, K, N, E = GROUPED
-    args = ((M, K), bf16), ((E, K, N), bf16), ((E,), int32)
+    rows, K, N, experts = GROUPED
+    args = ((rows, K), bf16), ((experts, K, N), bf16), ((experts,), int32)
     for name in {seen["default"], *(["triton"] if gpu == "B200" else [])}:
         seen[f"ragged_dot {name}"] = compile_on(ragged_dot_gradient(name), *args)
-    L, E, K, N = LAYERS
-    args = ((512, K), bf16), ((L, E, K, N), bf16), ((E,), int32)
+    L, experts, K, N = LAYERS
+    args = ((512, K), bf16), ((L, experts, K, N), bf16), ((experts,), int32)
     seen["layers"] = compile_on(jax.grad(layers), *args)
     print(json.dumps(seen))
 
