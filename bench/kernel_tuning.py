@@ -46,7 +46,7 @@ def tune(ops: list[str]) -> None:
             key = tiles.attention_key(which, target.gpu, "bfloat16", H)
             kernel = functools.partial(attention_kernel, which, H, target)
             trials += [(key, tiles.Tile(*c), kernel) for c in candidates]
-    if "grouped_matmul" in ops:
+    if any(op.startswith("grouped") for op in ops):
         for which, same in (("forward", "forward"), ("dx", "forward"), ("dw", "dw")):
             key = tiles.grouped_matmul_key(which, target.gpu, "bfloat16", 2048, 768)
             kernel = functools.partial(grouped_kernel, which, target)

@@ -5,12 +5,14 @@
     uv run python bench/kernels.py --json FILE --tune             # on a GPU: tiles first
 
 Each kernel is compiled for each GPU, forward and backward, in a process per GPU (a kernel for the
-wrong one can end it); no GPU is needed for that. Where one of the GPUs is here, its kernels also
-run: time (median of rounds of launches, the device synchronised after each round), TFLOP/s, share
-of the GPU's data-sheet peak, and the error against the plain fp32 implementation. `--tune` times
-tiles first and keeps the best ones in `jaxrl_kernels/tiles.json`, which the kernels read.
+wrong one can end it: its row has failed then, and another process goes on); no GPU is needed for
+that. Where one of the GPUs is here, its kernels also run: time (median of rounds of launches, the
+device synchronised after each round), TFLOP/s, share of the GPU's data-sheet peak, and the error
+against the plain fp32 implementation. `--tune` times tiles first and keeps the best ones in
+`jaxrl_kernels/tiles.json`, which the kernels read.
 
-Writes one JSON object per op x implementation x gpu x shape x direction.
+Prints a table per GPU and op, and writes one JSON object per op x implementation x gpu x shape x
+direction.
 """
 
 import argparse
@@ -18,33 +20,41 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import os
 import pathlib
+import re
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
+import kernel_table
 import kernel_tuning
 from kernel_problems import SHAPES, Cannot, Problem, arrays, problem, small, timed
+from rich.console import Console
 
 GPUS = ("A6000", "A100", "H100", "H200", "B200")
 IMPLEMENTATIONS = {
     "attention": ("triton", "tokamax", "cudnn"),
     "grouped_matmul": ("triton", "tokamax"),
+    "grouped_lora_matmul": ("triton", "tokamax"),
+    "grouped_swiglu": ("triton", "tokamax"),
 }
 RESULT = dict.fromkeys(
     (
         *("op", "implementation", "gpu", "shape", "direction", "status", "error", "temp_mib"),
-        *("registers", "spill_bytes", "smem_bytes", "mma_instructions", "visited_blocks"),
-        *("flops", "hbm_bytes", "time_ms", "time_iqr_ms", "tflops", "share_of_peak"),
-        *("max_relative_error", "device", "commit", "versions", "date"),
+        *("registers", "spill_bytes", "smem_bytes", "mma_instructions", "mma_kinds"),
+        *("visited_blocks", "flops", "hbm_bytes", "time_ms", "time_iqr_ms", "tflops"),
+        *("share_of_peak", "max_relative_error", "device", "commit", "versions", "date"),
     )
 )
 
 
-def compile_rows(args, gpu_name: str) -> Iterator[dict]:
-    """Rows of one absent GPU."""
+def compile_rows(args, gpu_name: str, skip: int) -> Iterator[dict]:
+    """Rows of one absent GPU, behind the first `skip`; an empty one once it is set up."""
     from jaxrl.perf import compile_only
 
     devices = compile_only.topology(gpu_name, 1)
@@ -52,7 +62,7 @@ def compile_rows(args, gpu_name: str) -> Iterator[dict]:
     import jax
     import numpy as np
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-    from jaxrl_kernels import launch, resources
+    from jaxrl_kernels import launch, mosaic_resources, resources
 
     from jaxrl.ops.registry import Target
 
@@ -69,22 +79,29 @@ def compile_rows(args, gpu_name: str) -> Iterator[dict]:
             compile_only.as_device(mesh),
             compile_only.cudnn_assumed(),
             launch.collect() as kernels,
+            mosaic_resources.collect() as mosaic,
         ):
             lowered = jax.jit(fn).lower(*args)
-        compiled = compile_only.compile_for(lowered)
-        return compiled, [resources.resources(k) for k in kernels]
+            compiled = compile_only.compile_for(lowered)
+        return compiled, [resources.resources(k) for k in kernels] + mosaic
 
-    for row, shape in rows_of(args, gpu_name):
+    yield {}
+    for row, shape in itertools.islice(rows_of(args, gpu_name), skip, None):
         try:
             p = problem(row["op"], shape, row["implementation"], target)
-            inputs = placed([jax.ShapeDtypeStruct(s, "bfloat16") for s in p.inputs])
-            fixed = placed([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in p.fixed])
+            inputs, frozen = (
+                placed([jax.ShapeDtypeStruct(s, "bfloat16") for s in shapes])
+                for shapes in (p.inputs, p.frozen)
+            )
+            fixed = frozen + placed([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in p.fixed])
             with compile_only.as_device(mesh), compile_only.cudnn_assumed():
                 out, pull = jax.eval_shape(with_pull_back(p), inputs, fixed)
             if row["direction"] == "forward":
                 compiled, kernels = collecting(p.fn, *inputs, *fixed)
             else:
                 compiled, kernels = collecting(lambda pull, d: pull(d), *placed((pull, out)))
+            if not kernels and row["implementation"] != "cudnn":
+                raise RuntimeError("none of its kernels was seen when it was compiled")
             row |= facts(p, row, kernels)
             row["temp_mib"] = compile_only.memory(compiled).temp / 2**20
             row["status"] = "compiled"
@@ -101,13 +118,14 @@ def with_pull_back(p: Problem):
 
 
 def facts(p: Problem, row: dict, kernels) -> dict:
-    """FLOPs, bytes, visited blocks, and the worst of the Triton kernels' needs."""
+    """FLOPs, bytes, visited blocks, and the worst of the kernels' needs."""
     said: dict[str, Any] = {"flops": p.flops[row["direction"]]}
     said["hbm_bytes"] = p.hbm_bytes[row["direction"]]
     if kernels:
         for key in ("registers", "spill_bytes", "smem_bytes"):
             said[key] = max(getattr(k, key) for k in kernels)
         said["mma_instructions"] = min(k.mma_instructions for k in kernels)
+        said["mma_kinds"] = "+".join(sorted({kind for k in kernels for kind in k.mma_kinds}))
     if row["implementation"] == "triton":
         said["visited_blocks"] = p.visited(row["direction"])
     return said
@@ -118,11 +136,11 @@ def rows_of(args, gpu_name: str) -> Iterator[tuple[dict, Any]]:
     from jaxrl.perf.provenance import provenance
 
     made = provenance()
-    for op in args.ops.split(","):
+    for op in args.ops or SHAPES:
         for shape, implementation in itertools.product(SHAPES[op], IMPLEMENTATIONS[op]):
-            if not any(part in shape.name for part in args.shapes.split(",")):
+            if args.shapes and not any(part in shape.name for part in args.shapes):
                 continue
-            if implementation not in (args.implementations or implementation).split(","):
+            if args.implementations and implementation not in args.implementations:
                 continue
             for direction in ("forward", "backward"):
                 row = RESULT | {"op": op, "implementation": implementation, "gpu": gpu_name}
@@ -185,7 +203,7 @@ def runnable(p: Problem, direction: str):
     import jax
     import jax.numpy as jnp
 
-    inputs, fixed = arrays(p.inputs), [jnp.asarray(a) for a in p.fixed]
+    inputs, fixed = arrays(p.inputs), arrays(p.frozen, 2) + [jnp.asarray(a) for a in p.fixed]
     if direction == "forward":
         args = (*inputs, *fixed)
         return jax.jit(p.fn).lower(*args).compile(), args
@@ -199,16 +217,19 @@ def error_of(p: Problem, direction: str) -> float:
     import jax
     import jax.numpy as jnp
 
-    inputs, fixed = arrays(p.inputs), [jnp.asarray(a) for a in p.fixed]
+    inputs, frozen, fixed = arrays(p.inputs), arrays(p.frozen, 2), map(jnp.asarray, p.fixed)
 
-    def both(fn, inputs, dtype):
-        out, pull = jax.vjp(lambda *inputs: fn(*inputs, *fixed), *inputs)
+    def both(fn, dtype):
+        cast = lambda of: [a.astype(dtype) for a in of]  # noqa: E731
+        held = [*cast(frozen), *fixed]
+        out, pull = jax.vjp(lambda *inputs: fn(*inputs, *held), *cast(inputs))
         cotangent = arrays([out.shape], 1)[0].astype(dtype)
         return [out] if direction == "forward" else pull(cotangent)
 
-    got = jax.jit(lambda *x: both(p.fn, x, jnp.bfloat16))(*inputs)
-    exact = jax.jit(lambda *x: both(p.plain, x, jnp.float32))(
-        *(a.astype(jnp.float32) for a in inputs)
+    fixed = list(fixed)
+    got, exact = (
+        jax.jit(both, static_argnums=(0, 1))(fn, dtype)
+        for fn, dtype in ((p.fn, jnp.bfloat16), (p.plain, jnp.float32))
     )
 
     def relative(a, b):
@@ -219,79 +240,157 @@ def error_of(p: Problem, direction: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=pathlib.Path, help="file to write the rows to")
-    parser.add_argument("--gpus", default="", help="names, by default all, or the one that is here")
-    parser.add_argument("--ops", default=",".join(SHAPES))
-    parser.add_argument("--implementations", default="", help="only these: triton,tokamax,cudnn")
-    parser.add_argument("--shapes", default="", help="only shapes whose name holds one of these")
-    parser.add_argument("--tune", action="store_true", help="on a GPU: tune tiles first")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if unknown := [op for op in args.ops.split(",") if op not in SHAPES]:
-        parser.error(f"unknown op {unknown[0]!r}; one of {', '.join(SHAPES)}")
-    if args.worker:
-        for row in compile_rows(args, args.worker):
-            print(json.dumps(row), flush=True)
-        return
-    from jaxrl.perf.hardware import GPUS as KNOWN
-    from jaxrl.perf.hardware import gpu, local_gpus
-
-    here = [g.name for kind in local_gpus()[:1] for g in KNOWN.values() if kind in g.device_kinds]
-    if local_gpus() and not here:
-        parser.error(
-            f"this host's {local_gpus()[0]} is not in jaxrl.perf.hardware.GPUS; add it there"
-        )
-    try:
-        names = [gpu(name).name for name in args.gpus.split(",") if name] or here or list(GPUS)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.tune:
-        if not here:
-            parser.error("--tune needs a GPU, and this host has none")
-        kernel_tuning.tune(args.ops.split(","))
+    args, names, here = options()
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    progress = Console(stderr=True)
     statuses = set()
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(args.json.open("w")) if args.json else None
+        file = stack.enter_context(replacing(args.json)) if args.json else None
+        if args.tune:
+            kernel_tuning.tune(args.ops or list(SHAPES))
+        status = stack.enter_context(progress.status("compiling"))
         for name in names:
-            for row in run_rows(args, name) if name in here else absent(args, name):
-                statuses.add(row["status"])
-                print(line(row), flush=True)
-                if file:
-                    file.write(json.dumps(row) + "\n")
-                    file.flush()
+            rows = run_rows(args, name) if name in here else absent(args, name)
+            for op, of_op in itertools.groupby(rows, key=lambda row: row["op"]):
+                shown = []
+                for row in of_op:
+                    shown.append(row)
+                    statuses.add(row["status"])
+                    status.update(f"{name} {op}: {len(shown)} rows")
+                    if file:
+                        file.write(json.dumps(row) + "\n")
+                        file.flush()
+                console.print(kernel_table.table(shown))
+                for reason in kernel_table.reasons(shown):
+                    console.print(reason, markup=False, highlight=False)
+    console.print("\n" + kernel_table.LEGEND, highlight=False)
     sys.exit("failed" in statuses)
 
 
+def options() -> tuple[argparse.Namespace, list[str], list[str]]:
+    """(the command line, names of its GPUs, those of them that are here), checked; of a worker it
+    does not return."""
+    parts = lambda text: list(dict.fromkeys(filter(None, text.split(","))))  # noqa: E731
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the rows to")
+    parser.add_argument(
+        "--gpus", type=parts, default=[], help="names, by default all, or the one that is here"
+    )
+    parser.add_argument("--ops", type=parts, default=[], help=f"of {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--implementations", type=parts, default=[], help="only these: triton,tokamax,cudnn"
+    )
+    parser.add_argument(
+        "--shapes", type=parts, default=[], help="only shapes whose name holds one of these"
+    )
+    parser.add_argument("--tune", action="store_true", help="on a GPU: tune tiles first")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args)
+        sys.exit()
+
+    known = dict.fromkeys(i for of_op in IMPLEMENTATIONS.values() for i in of_op)
+    for what, given, choices in (
+        ("op", args.ops, SHAPES),
+        ("implementation", args.implementations, known),
+    ):
+        if unknown := [name for name in given if name not in choices]:
+            parser.error(f"unknown {what} {unknown[0]!r}; one of {', '.join(choices)}")
+    ops = args.ops or list(SHAPES)
+    names = [shape.name for op in ops for shape in SHAPES[op]]
+    for part in args.shapes:
+        if not any(part in name for name in names):
+            models = dict.fromkeys(shape.model for op in ops for shape in SHAPES[op])
+            parser.error(f"no shape's name holds {part!r}; they begin with {', '.join(models)}")
+    if not any(True for _ in rows_of(args, "")):
+        of_op = "; ".join(f"{op} has {', '.join(IMPLEMENTATIONS[op])}" for op in ops)
+        parser.error(f"no rows for these options: {of_op}")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
+    if args.json and args.json.exists() and not args.json.is_file():
+        parser.error(f"--json {args.json} is not a file; give it a file's name")
+
+    from jaxrl.perf.hardware import GPUS as KNOWN
+    from jaxrl.perf.hardware import gpu, local_gpus
+
+    found = local_gpus()[:1]
+    here = [g.name for kind in found for g in KNOWN.values() if kind in g.device_kinds]
+    if found and not here:
+        parser.error(f"this host's {found[0]} is not in jaxrl.perf.hardware.GPUS; add it there")
+    if args.tune and not here:
+        parser.error("--tune needs a GPU, and this host has none")
+    try:
+        gpus = list(dict.fromkeys(gpu(name).name for name in args.gpus))
+    except ValueError as error:
+        parser.error(str(error))
+    return args, gpus or here or list(GPUS), here
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[TextIO]:
+    """A file that takes the place of `path` when all of it is written, and not before."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        yield file
+    partial.replace(path)
+
+
+def work(args) -> None:
+    """Write the rows of an absent GPU to stdout, which nothing else in the process writes to."""
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        for row in compile_rows(args, args.worker, args.skip):
+            print(json.dumps(row), file=out, flush=True)
+
+
 def absent(args, name: str) -> Iterator[dict]:
-    """Rows of a GPU that is not here, from a process of its own; if it dies, that is a row too."""
-    command = [sys.executable, __file__, "--worker", name]
+    """Rows of a GPU that is not here, from a process of its own. Where that dies the row that it
+    was at has failed, and another goes on behind it; where it does not even start, all have."""
+    left = [row for row, _ in rows_of(args, name)]
+    total = len(left)
+    while left:
+        started = False
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as said,
+            subprocess.Popen(
+                worker(args, name, total - len(left)),
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+            ) as process,
+        ):
+            assert process.stdout
+            for text in process.stdout:
+                if started:
+                    yield left.pop(0) | json.loads(text)
+                started = True
+            code = process.wait()
+            said.seek(0)
+            error = f"its process ended with {why(code, said.read())}"
+        lost = 1 if started else len(left)
+        for row in left[:lost]:
+            yield row | {"status": "failed", "error": error[:200]}
+        left = left[lost:]
+
+
+def worker(args, name: str, skip: int) -> list[str]:
+    """The command that compiles for the GPU `name`, all rows but the first `skip`."""
+    command = [sys.executable, __file__, "--worker", name, "--skip", str(skip)]
     for option in ("ops", "implementations", "shapes"):
-        command += [f"--{option}", getattr(args, option)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        for text in process.stdout:
-            yield json.loads(text)
-    if process.returncode:
-        error = f"the process that compiled for {name} ended with {process.returncode}"
-        yield RESULT | {"op": args.ops, "gpu": name, "status": "failed", "error": error}
+        command += [f"--{option}", ",".join(getattr(args, option))]
+    return command
 
 
-def line(row: dict) -> str:
-    known = {
-        "time_ms": "{:.3f} ms",
-        "tflops": "{:.0f} TFLOP/s",
-        "share_of_peak": "{:.0%} of peak",
-        "max_relative_error": "error {:.1e}",
-        "temp_mib": "temp {:.0f} MiB",
-        "registers": "{} registers",
-        "spill_bytes": "{} B spilled",
-        "smem_bytes": "{} B shared",
-        "mma_instructions": "{} MMA",
-    }
-    said = [form.format(row[k]) for k, form in known.items() if row[k] is not None]
-    head = f"{row['gpu']:6} {row['op']:14} {row['implementation']:8} {row['direction']:8}"
-    return f"{head} {row['shape']}: {row['status']} {row['error'] or ', '.join(said)}"
+def why(code: int, stderr: str) -> str:
+    """What ended a process, and the line that tells more: what C++ says before its trace, or the
+    exception that is Python's last word."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    if code >= 0:
+        return ": ".join([f"exit code {code}", *lines[-1:]])
+    fatal = [line for line in lines if re.match(r"F\d{4} |.*(LLVM ERROR|Check failed)", line)]
+    return ": ".join([signal.Signals(-code).name, *fatal[-1:]])
 
 
 if __name__ == "__main__":

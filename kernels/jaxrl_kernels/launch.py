@@ -4,6 +4,7 @@ A kernel is launched with everything static as a keyword. Under `interpreted()` 
 in Triton's numpy interpreter on the CPU instead, so the JAX code around a kernel is tested as is.
 """
 
+import collections
 import contextlib
 import contextvars
 import dataclasses
@@ -76,10 +77,12 @@ def launch(
 
 @contextlib.contextmanager
 def collect() -> Iterator[list["Compiled"]]:
-    """The kernels that are compiled inside, in order, each once (compiled ones are cached)."""
+    """The kernels that are launched inside, in order, each once, and also those that this process
+    compiled before: jax-triton's cache, kept for the process, is not looked into."""
     from jax_triton import triton_lib
 
     original, compiled = triton_lib.compile_ttir_inplace, []
+    caches: dict[Any, dict] = collections.defaultdict(dict)  # of each Triton function
 
     def collecting(ttir, backend, options, gpu_target):
         result = original(ttir, backend, options, gpu_target)
@@ -94,7 +97,11 @@ def collect() -> Iterator[list["Compiled"]]:
         )
         return result
 
-    with mock.patch.object(triton_lib, "compile_ttir_inplace", collecting):
+    cache = property(lambda self: caches[self.fn])
+    with (
+        mock.patch.object(triton_lib, "compile_ttir_inplace", collecting),
+        mock.patch.object(triton_lib.TritonFunction, "_kernel_cache", cache),
+    ):
         yield compiled
 
 
