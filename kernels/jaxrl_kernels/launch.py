@@ -77,8 +77,9 @@ def launch(
 
 @contextlib.contextmanager
 def collect() -> Iterator[list["Compiled"]]:
-    """The kernels that are launched inside, in order, each once, and also those that this process
-    compiled before: jax-triton's cache, kept for the process, is not looked into."""
+    """The kernels of programs that are lowered inside, in order, each once, and also those that
+    this process compiled before: jax-triton's cache, kept for the process, is not looked into.
+    Nor are those listed whose results nothing uses, which jax-triton compiles and XLA drops."""
     from jax_triton import triton_lib
 
     original, compiled = triton_lib.compile_ttir_inplace, []
@@ -101,7 +102,9 @@ def collect() -> Iterator[list["Compiled"]]:
     with (
         mock.patch.object(triton_lib, "compile_ttir_inplace", collecting),
         mock.patch.object(triton_lib.TritonFunction, "_kernel_cache", cache),
+        mock.patch.dict(triton_lib.pe.dce_rules),
     ):
+        triton_lib.pe.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
         yield compiled
 
 

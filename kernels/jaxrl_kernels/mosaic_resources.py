@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 
-from jaxrl_kernels.resources import MMA, Resources
+from jaxrl_kernels.resources import MMA, Resources, global_atomics
 
 # "Barrier(arrival_count=1, num_barriers=2, orders_tensor_core=False): 3" is three times two.
 _BARRIERS = re.compile(r"num_barriers=(\d+)[^()]*\): (\d+)")
@@ -68,4 +68,5 @@ def resources(ptxas: pathlib.Path) -> Resources:
         + _TENSOR_MEMORY_POINTER_BYTES * tensor_memory,
         mma_instructions=len(mma),
         mma_kinds=tuple(sorted(set(mma))),
+        global_atomics=global_atomics(ptxas.with_suffix(".ptx").read_text()),
     )
