@@ -248,7 +248,7 @@ def test_a_completion_ends_where_the_context_does():
 def test_what_is_not_finite_stays_with_the_request_that_it_came_from():
     made = engine(limits=dataclasses.replace(LIMITS, cache_tokens=64))
     expected = tokens_of(made.generate([[5, 6, 7]], GREEDY))
-    good = made._weights
+    good = made.weights
     made.set_weights(jax.tree.map(lambda w: w * jnp.nan, good), 1)
     made.generate([[1] * 30, [2] * 20], GREEDY)  # every page, and nobody's, has been written
     made.set_weights(good, 2)

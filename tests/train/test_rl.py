@@ -247,7 +247,7 @@ def test_a_signal_in_the_last_step_leaves_its_evaluation_to_the_next_run(
     def told(run, state, version):
         update(run, state, version)
         # In turns the engine draws with the trainer's own arrays, not with a copy.
-        drawn_with = jax.tree.leaves(run.generation.collector.engine._weights)
+        drawn_with = jax.tree.leaves(run.generation.collector.engine.weights)
         assert {id(a) for a in drawn_with} == {id(a) for a in jax.tree.leaves(state.params)}
         if version == 2:
             os.kill(os.getpid(), signal.SIGTERM)
