@@ -270,6 +270,8 @@ def _product(a, b, group_sizes, dimensions, implementation):
         k, m = a.shape if sums else a.shape[::-1]
         n = b.shape[1 if dimensions is not _ROWS_BY_EXPERT else 2]
         tile = _clamped((_TRITON_SUM_TILES if sums else _TRITON_TILES)[major], m, n, k)
+        if sums and major == 8 and tile["block_m"] == 16:
+            tile |= {"num_stages": 3}  # with four an A100 spills, of a rank's few registers
         op = gpu.PallasTritonRaggedDot(config=gpu.PallasTritonRaggedDotConfig(**tile))
     return op(
         a,
