@@ -32,8 +32,8 @@ SHAPES = {
 PACKED = ("Qwen3-4B, Llama-3.1-8B", "Llama-3.2-1B", "INTELLECT-3")
 ALL = SHAPES.keys() | {f"{name} packed" for name in PACKED}
 # Kernels differ in head_dim, in T, in whether documents are packed, and in whether heads are a
-# power of two (addresses); beyond that in constants. An A100 has an A6000's matrix units and more shared
-# memory: one case of each kind there, for the suite's time; bench/kernels.py compiles all.
+# power of two (addresses); beyond that in constants. An A100 has an A6000's matrix units and more
+# shared memory: one case of each kind there, for the suite's time; bench/kernels.py compiles all.
 FEW = ALL - {"Qwen3-0.6B", "Qwen3-30B-A3B", "Qwen3-235B-A22B", "Llama-3.2-3B"}
 CASES = {"A6000": ALL, "A100": FEW, "H100": ALL, "H200": ALL, "B200": ALL}
 # The fastest tensor-core instruction of each: of a warp, a warpgroup, and with tensor memory.
