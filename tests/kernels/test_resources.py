@@ -1,6 +1,7 @@
-"""What is read from a kernel's PTX."""
+"""What is read from a kernel's PTX, and from what ptxas says of it."""
 
 import pytest
+from jaxrl_kernels import launch, resources
 from jaxrl_kernels.resources import MMA, global_atomics
 
 
@@ -30,3 +31,12 @@ def test_atomics_that_may_work_on_global_memory(line, found):
 def test_instructions_of_the_tensor_cores():
     sass = "HMMA.16816 HGMMA.64x64x16 UTCHMMA gdesc UTCQMMA QGMMA UTCBAR FMMA HMMAX"
     assert MMA.findall(sass) == ["HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QGMMA"]
+
+
+def test_spills_are_stores_and_loads(monkeypatch):
+    said = "Used 40 registers\n 0 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads"
+    sass = "HGMMA.64x8\n UTCHMMA gdesc\n FMUL"
+    monkeypatch.setattr(resources, "_run", lambda tool, *_: sass if "nvdisasm" in tool else said)
+    found = resources.resources(launch.Compiled("k", "", 1024, 90, 4))
+    assert (found.registers, found.spill_bytes, found.smem_bytes) == (40, 8 + 12, 1024)
+    assert found.mma_instructions == 2
