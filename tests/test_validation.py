@@ -93,9 +93,11 @@ def test_what_a_gpu_run_imports_is_what_its_command_installs():
     files = [file for file in folder.rglob("test_*.py") if holds_gpu_tests(file)]
     assert holds_gpu_tests(folder / "ops")
     assert not holds_gpu_tests(folder / "serving")
-    ours = {"jaxrl", "jaxrl_kernels", "scripts", "validation"}
-    known = {"jax", "numpy", "pytest", "hypothesis"} | ours | set(sys.stdlib_module_names)
-    for file in (*files, folder / "conftest.py", folder / "scripts.py"):
+    ours = {"jaxrl", "jaxrl_kernels"} | {file.stem for file in folder.glob("*.py")}
+    installed = {"jax", "numpy", "pytest", "hypothesis", "tokamax", "triton", "jax_triton"}
+    known = installed | ours | set(sys.stdlib_module_names)
+    beside = ("conftest.py", "scripts.py", "validation.py", "interpreted_tokamax.py")
+    for file in (*files, *(folder / name for name in beside)):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else names
