@@ -435,22 +435,20 @@ def main(gpu):
             return jax.vjp(lambda *xw: projection(*xw, sizes), x, *weights)[1](dy)
 
         replicated = NamedSharding(mesh, P())
-        found = []
-        for K, N in ((D, F), (F, D)):
-            shapes = (M, K), (M, N), (E,), (E, K, N), (E, K, R), (E, R, N)
-            args = [
-                jax.ShapeDtypeStruct(s, int32 if s == (E,) else bf16, sharding=replicated)
-                for s in shapes
-            ]
-            with compile_only.as_device(mesh), launch.collect() as new:
+        with compile_only.as_device(mesh), launch.collect() as found:
+            for K, N in ((D, F), (F, D)):
+                shapes = (M, K), (M, N), (E,), (E, K, N), (E, K, R), (E, R, N)
+                args = [
+                    jax.ShapeDtypeStruct(s, int32 if s == (E,) else bf16, sharding=replicated)
+                    for s in shapes
+                ]
                 jax.jit(gradients).lower(*args)
-            found += new
         return [
             dataclasses.asdict(resources.resources(k)) | {"num_warps": k.num_warps} for k in found
         ]
 
     seen = {}
-    if gpu in SMEM:  # first: a kernel that is compiled is not collected again
+    if gpu in SMEM:
         seen["kernels"] = {model: kernels(D, F) for model, (D, F) in models_on(gpu).items()}
     with compile_only.as_device(mesh):
         capability = tokamax_kernels._compute_capability()
