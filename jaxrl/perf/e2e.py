@@ -70,7 +70,11 @@ def plan_engine(
     decode = compile_only.memory(compile_only.compile_for(lowered)).peak
     cache = local_bytes(programs.abstract_cache(sizes.pages, sizes.page))
     pairs = list(zip(jax.tree.leaves(own), jax.tree.leaves(weights), strict=True))
-    moved = [(o, w) for o, w in pairs if o.dtype != w.dtype or o.sharding != w.sharding]
+    moved = [
+        (o, w)
+        for o, w in pairs
+        if o.dtype != w.dtype or not o.sharding.is_equivalent_to(w.sharding, len(w.shape))
+    ]
     copies, copied = local_bytes([o for o, _ in moved]), local_bytes([w for _, w in moved])
     peaks = {
         "train_peak_gib": planned["peak_mem_gib"] + (cache + copies) / GiB,
