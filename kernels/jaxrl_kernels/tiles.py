@@ -160,7 +160,7 @@ def _default(which: str, capability: int | None, itemsize: int, head: int, odd: 
         size = 32 if head <= 128 else 16
         return Tile(size, size, 4, 1)
     if head > 128:  # dkv keeps two sums: with more queries it spills, or does not fit 99 KiB
-        return Tile(32, 32, 4, 1) if which == "dkv" else Tile(64, 32, 4, 1)
+        return Tile(32, 32, 8, 1) if which == "dkv" else Tile(64, 32, 4, 1)
     generation = max(8, (capability or 80) // 10)
     if which == "forward":
         return Tile(128, 64, 8, 3 if capability != 86 and capability != 89 else 2)
