@@ -58,6 +58,21 @@ def rows_of(file: pathlib.Path, *args) -> tuple[list[dict], str]:
     return rows, done.stdout
 
 
+def test_the_newest_table_has_every_row_and_ours_spill_nowhere(bench):
+    """tests/kernels compiles one kernel of each kind; the table has them all."""
+    newest = max(SCRIPT.parent.glob("results/*_kernels_compiled.jsonl"))
+    rows = [json.loads(line) for line in newest.read_text().splitlines()]
+    everything = types.SimpleNamespace(ops=(), shapes=(), implementations=())
+    asked = [row for gpu in bench.main.GPUS for row, _ in bench.main.rows_of(everything, gpu)]
+    names = ("op", "implementation", "gpu", "shape", "direction")
+    assert [[row[n] for n in names] for row in rows] == [[row[n] for n in names] for row in asked]
+    assert {row["status"] for row in rows} == {"compiled", "cannot"}
+    for row in rows:
+        if row["implementation"] == "triton":
+            assert row["status"] == "compiled" and row["mma_instructions"], row
+            assert row["spill_bytes"] == 0 and row["temp_mib"] < 1024, row
+
+
 @pytest.mark.slow
 def test_rows_of_a_gpu_that_is_not_here(tmp_path):
     rows, said = rows_of(tmp_path / "rows.jsonl", "--gpus", "a6000", "--shapes", "Qwen3-0.6B")
