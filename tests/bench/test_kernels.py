@@ -67,10 +67,14 @@ def test_the_newest_table_has_every_row_and_ours_spill_nowhere(bench):
     names = ("op", "implementation", "gpu", "shape", "direction")
     assert [[row[n] for n in names] for row in rows] == [[row[n] for n in names] for row in asked]
     assert {row["status"] for row in rows} == {"compiled", "cannot"}
+    smem = {"A6000": 99, "A100": 163, "H100": 227, "H200": 227, "B200": 227}  # KiB per program
+    mma = {"A6000": "HMMA", "A100": "HMMA", "H100": "HGMMA", "H200": "HGMMA", "B200": "UTCHMMA"}
     for row in rows:
         if row["implementation"] == "triton":
             assert row["status"] == "compiled" and row["mma_instructions"], row
             assert row["spill_bytes"] == 0 and row["temp_mib"] < 1024, row
+            assert row["smem_bytes"] <= smem[row["gpu"]] * 1024, row
+            assert mma[row["gpu"]] in row["mma_kinds"].split("+"), row
 
 
 @pytest.mark.slow
