@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxrl_kernels.documents import document_bounds
-from jaxrl_kernels.flash_attention import reference, triton
+from jaxrl_kernels.flash_attention import arguments, reference, triton
 from jaxrl_kernels.launch import why_not_triton
 from jaxtyping import Array, Float, Int
 
@@ -42,12 +42,14 @@ def flash_attention(
     N is a multiple of K (grouped queries; keys are not repeated). segment_ids: runs of equal ids
     are documents. scale: default 1 / sqrt(H). return_lse: also the log-sum-exp of each query's
     scores, fp32 [B, N, T], differentiable. target: what the program is for, default the default
-    device. Raises ValueError where `implementation` cannot do this there, naming those that can.
+    device. Raises ValueError for shapes that do not fit, and where `implementation` cannot do this
+    there, naming those that can.
 
     Not-a-number in a key or value that a query does not see can still reach it, as 0 times that,
     where both are in one block. Kernels are opaque to the SPMD partitioner: over several devices,
     call it in a `shard_map`, whose gradients need check_vma=False. jax-triton has no `vmap`.
     """
+    arguments.check(q, k, v, segment_ids)
     _, fn = ATTENTION.resolve(
         implementation,
         target or Target.here(),

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxrl_kernels.documents import document_bounds
+from jaxrl_kernels.flash_attention import arguments
 from jaxtyping import Array, Float, Int
 
 from jaxrl.ops.partial_attention import delta
@@ -54,10 +55,9 @@ def blocked_attention(
 
     segment_ids: runs of equal ids are documents. N is a multiple of K (grouped queries). scale:
     default 1 / sqrt(H). return_lse: also the log-sum-exp of the scores, fp32 [B, N, T]. block:
-    default `block_size`. Raises ValueError where a side is 0.
+    default `block_size`. Raises ValueError for shapes that do not fit, or hold a 0.
     """
-    if 0 in (*q.shape, *k.shape):
-        raise ValueError(f"q {q.shape} and k {k.shape}: no side may be 0")
+    arguments.check(q, k, v, segment_ids)
     T = q.shape[1]
     block = min(block or block_size(T), T)
     documents = None if segment_ids is None else document_bounds(segment_ids)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxrl_kernels.grouped_matmul import reference, triton
+from jaxrl_kernels.grouped_matmul import arguments, reference, triton
 from jaxrl_kernels.launch import why_not_triton
 from jaxtyping import Array, Float, Int
 
@@ -72,11 +72,13 @@ def grouped_matmul(
     x holds group_sizes[0] rows of expert 0, then those of expert 1, ...; group_sizes sums to at
     most M, and rows beyond all groups yield zeros. w is multiplied in the dtype of x, and its
     gradient has its own dtype. target: what the program is for, default the default device. Raises
-    ValueError where `implementation` cannot do this there, naming those that can.
+    ValueError for shapes that do not fit, and where `implementation` cannot do this there, naming
+    those that can.
 
     Kernels are opaque to the SPMD partitioner: over several devices, call it in a `shard_map`,
     whose gradients need check_vma=False. jax-triton has no `vmap`.
     """
+    arguments.check(x, group_sizes, w=w)
     target = target or Target.here()
     case = {"dtype": x.dtype, "features": (w.shape[1], w.shape[2])}
     _, fn = GROUPED_MATMUL.resolve(implementation, target, **case)

@@ -29,7 +29,7 @@ SHAPES = {
     "head_dim 256": (4096, 24, 8, 256),
     "longest": (65536, 32, 8, 128),
 }
-PACKED = ("Qwen3-4B, Llama-3.1-8B", "Llama-3.2-1B", "INTELLECT-3")
+PACKED = ("Qwen3-4B, Llama-3.1-8B", "Llama-3.2-1B", "INTELLECT-3", "head_dim 256")
 ALL = SHAPES.keys() | {f"{name} packed" for name in PACKED}
 # Kernels differ in head_dim, in whether documents are packed, and in whether heads are a power of
 # two (addresses); beyond that in constants. All of them on Hopper, and one of each kind elsewhere,
@@ -41,7 +41,7 @@ CASES = {"A6000": FEW, "A100": FEW, "H100": ALL, "H200": ALL, "B200": FEW}
 MMA = {"A6000": "HMMA", "A100": "HMMA", "H100": "HGMMA", "H200": "HGMMA", "B200": "UTCHMMA"}
 # Sums of dk and dv at head_dim 256 leave registers for 32 keys, and those units multiply 64 at
 # least: a warp's instruction does it.
-BY_WARPS = [("head_dim 256", "dkv_kernel")]
+BY_WARPS = [("head_dim 256", "dkv_kernel"), ("head_dim 256 packed", "dkv_kernel")]
 SMEM = {"A6000": 99, "A100": 163, "H100": 227, "H200": 227, "B200": 227}  # KiB per program
 REGISTERS = 65536  # of a multiprocessor
 NAMES = ["dkv_kernel", "dq_kernel", "forward_kernel"]

@@ -255,14 +255,23 @@ def test_costs():
         ({"w": jnp.zeros((2, 9, 16))}, "with E 2, K 8"),
         ({"w": jnp.zeros((2, 8, 16), jnp.int8)}, "want a floating dtype"),
         ({"group_sizes": jnp.zeros(2)}, "want integers"),
+        ({"group_sizes": jnp.zeros(3, int)}, "with E 3, K 8"),
     ],
 )
 def test_refuses_what_it_cannot_take(change, message):
     good = {"x": jnp.zeros((4, 8)), "w": jnp.zeros((2, 8, 16)), "group_sizes": jnp.array([1, 2])}
     with pytest.raises(ValueError, match=message):
         triton.grouped_matmul(**(good | change))
-    if "w" in change:
-        return
+    if "want one of bfloat16" not in message:  # what fits none is refused by all
+        with pytest.raises(ValueError, match=message):
+            reference.grouped_matmul(**(good | change))
+        for name in GROUPED_MATMUL.names:
+            with pytest.raises(ValueError, match=message):
+                grouped_matmul(**(good | change), implementation=name)
+
+
+def test_refuses_weights_that_differ():
+    good = {"x": jnp.zeros((4, 8)), "w": jnp.zeros((2, 8, 16)), "group_sizes": jnp.array([1, 2])}
     with pytest.raises(ValueError, match="differ"):
         triton.grouped_swiglu(good["x"], good["w"], jnp.zeros((2, 8, 17)), good["group_sizes"])
     with pytest.raises(ValueError, match="b \\(2, 4, 15\\): want \\(2, 4, 16\\)"):

@@ -257,23 +257,6 @@ def test_work_of_a_packed_row_is_that_of_its_documents():
     assert one / eight == pytest.approx(8, rel=0.15)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"k": (1, 8, 3, 16), "v": (1, 8, 3, 16)}, "K divide N"),
-        ({"v": (1, 8, 1, 16)}, "twice"),
-        ({"segment_ids": (1, 7)}, "segment_ids"),
-    ],
-)
-def test_shapes_that_cannot_be_are_refused(change, message):
-    shapes = {"q": (1, 8, 4, 16), "k": (1, 8, 2, 16), "v": (1, 8, 2, 16)} | change
-    ids = shapes.pop("segment_ids", None)
-    q, k, v = (jnp.zeros(s) for s in shapes.values())
-    ids = None if ids is None else jnp.zeros(ids, jnp.int32)
-    with interpreted(), pytest.raises(ValueError, match=message):
-        flash_attention(q, k, v, segment_ids=ids, implementation="triton", target=ANY_GPU)
-
-
 def test_a_scale_that_is_not_above_zero_is_refused():
     q = jnp.zeros((1, 8, 4, 16))
     with interpreted(), pytest.raises(ValueError, match=r"scale -1\.0 is not above 0"):

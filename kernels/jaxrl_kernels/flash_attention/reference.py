@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrl_kernels.documents import document_bounds
+from jaxrl_kernels.flash_attention import arguments
 
 
 def flash_attention(
@@ -17,7 +18,9 @@ def flash_attention(
     causal: bool = True,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """As the Triton `flash_attention`, in fp32 and with [B, N, T, T] memory."""
+    """As the Triton `flash_attention`, in fp32 and with [B, N, T, T] memory; takes any floating
+    dtype, head_dim and scale."""
+    arguments.check(q, k, v, segment_ids)
     B, T, N, H = q.shape
     K = k.shape[2]
     grouped = q.reshape(B, T, K, N // K, H).astype(jnp.float32)

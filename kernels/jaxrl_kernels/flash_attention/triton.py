@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxrl_kernels import tiles
 from jaxrl_kernels.documents import document_bounds
-from jaxrl_kernels.flash_attention import cost
+from jaxrl_kernels.flash_attention import arguments, cost
 from jaxrl_kernels.launch import launch
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -66,23 +66,11 @@ def flash_attention(
 
 
 def _check(q, k, v, segment_ids, scale) -> None:
-    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4:
-        raise ValueError(
-            f"q {q.shape}, k {k.shape}, v {v.shape}: want [B, T, N, H] and twice [B, T, K, H]"
-        )
-    if 0 in (*q.shape, *k.shape):
-        raise ValueError(f"q {q.shape} and k {k.shape}: no side may be 0")
-    (B, T, N, H), K = q.shape, k.shape[2]
-    if k.shape != (B, T, K, H) or N % K:
-        raise ValueError(f"q {q.shape} and k {k.shape}: B, T and H must agree, and K divide N")
-    if not q.dtype == k.dtype == v.dtype or q.dtype.name not in DTYPES:
-        raise ValueError(
-            f"q {q.dtype}, k {k.dtype}, v {v.dtype}: want one of {', '.join(DTYPES)} for all"
-        )
-    if H > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim {H} is above {MAX_HEAD_DIM}")
-    if segment_ids is not None and segment_ids.shape != (B, T):
-        raise ValueError(f"segment_ids {segment_ids.shape}: want {(B, T)}")
+    arguments.check(q, k, v, segment_ids)
+    if q.dtype.name not in DTYPES:
+        raise ValueError(f"q is {q.dtype}: want one of {', '.join(DTYPES)}")
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim {q.shape[-1]} is above {MAX_HEAD_DIM}")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale {scale} is not above 0")
 

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrl_kernels.grouped_matmul import arguments
+
 
 def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     """As `jaxrl_kernels.grouped_matmul.triton.grouped_matmul`: E full products, all but one group's
     rows of each thrown away."""
+    arguments.check(x, group_sizes, w=w)
     group_sizes = group_sizes.astype(jnp.int32)  # sums of small integers would overflow
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(x.shape[0])[:, None]

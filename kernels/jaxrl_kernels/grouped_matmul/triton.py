@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrl_kernels import tiles
-from jaxrl_kernels.grouped_matmul import cost
+from jaxrl_kernels.grouped_matmul import arguments, cost
 from jaxrl_kernels.grouped_matmul.schedule import num_tiles, offsets, schedule
 from jaxrl_kernels.launch import launch
 
@@ -87,21 +87,9 @@ def grouped_swiglu(
 
 
 def _check(x, group_sizes, **weights) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"x {x.shape}: want [M, K]")
+    arguments.check(x, group_sizes, **weights)
     if x.dtype.name not in DTYPES:
         raise ValueError(f"x is {x.dtype}: want one of {', '.join(DTYPES)}")
-    if group_sizes.ndim != 1 or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(f"group_sizes {group_sizes.dtype} {group_sizes.shape}: want integers [E]")
-    for name, w in weights.items():
-        if w.ndim != 3 or w.shape[:2] != (group_sizes.shape[0], x.shape[1]):
-            raise ValueError(
-                f"{name} {w.shape}: want [E, K, N] with E {group_sizes.shape[0]}, K {x.shape[1]}"
-            )
-        if 0 in (*x.shape, *w.shape):
-            raise ValueError(f"x {x.shape} and {name} {w.shape}: no side may be 0")
-        if not jnp.issubdtype(w.dtype, jnp.floating):
-            raise ValueError(f"{name} is {w.dtype}: want a floating dtype")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
