@@ -181,7 +181,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 def write_tensors(folder: Path, tensors: Sequence[Pending], max_shard_bytes: int) -> None:
     """Write the tensors, in order, to shards of at most `max_shard_bytes` (or one tensor).
 
-    Host memory holds one shard at a time. With more than one shard an index is written too.
+    Host memory holds one shard at a time, and safetensors' copy of it. With more than one shard an
+    index is written too.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes {max_shard_bytes} must be at least 1")

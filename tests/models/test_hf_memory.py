@@ -90,6 +90,12 @@ def memory_of(action):
     return result, status("VmHWM") - before
 
 
+def memory_of_saving(model, folder: Path) -> int:
+    """Of a second time: the first one also compiles, or reads what others have compiled."""
+    save_pretrained(model, folder.with_name("first"), max_shard_bytes=SHARD)
+    return memory_of(lambda: save_pretrained(model, folder, max_shard_bytes=SHARD))[1]
+
+
 def parameters(model) -> list[jax.Array]:
     return [v.get_value() for _, v in nnx.to_flat_state(nnx.state(model))]
 
@@ -101,7 +107,7 @@ def same(a, b) -> bool:
 
 def measure_dense(folder: Path) -> dict:
     model, loading = memory_of(lambda: load_pretrained(folder))
-    _, saving = memory_of(lambda: save_pretrained(model, folder / "saved", max_shard_bytes=SHARD))
+    saving = memory_of_saving(model, folder / "saved")
     sharded = load_pretrained(folder, mesh=make_mesh(jax.devices()[:4]))
     q = sharded.layers.attention.q.kernel.get_value()
     return {
@@ -117,7 +123,7 @@ def measure_dense(folder: Path) -> dict:
 def measure_experts(folder: Path) -> dict:
     mesh = make_mesh(jax.devices(), expert=8)
     model, loading = memory_of(lambda: load_pretrained(folder, mesh=mesh))
-    _, saving = memory_of(lambda: save_pretrained(model, folder / "saved", max_shard_bytes=SHARD))
+    saving = memory_of_saving(model, folder / "saved")
     up = model.layers.mlp.experts.up.kernel.get_value()
     return {
         "bytes": sum(p.nbytes for p in parameters(model)),
@@ -137,6 +143,8 @@ def report_of(kind: str, config: ModelConfig, tmp_path_factory) -> dict:
     write_checkpoint(config, folder)
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    # glibc keeps freed arrays for later ones, as it comes, unless large ones are mapped.
+    env["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     done = subprocess.run(
         [sys.executable, __file__, kind, str(folder)],
         env=env,
@@ -165,9 +173,9 @@ def test_loading_never_holds_the_checkpoint_twice(report):
     assert 0.9 < report["loading"] / report["bytes"] < 1 + 2 / 7
 
 
-def test_saving_holds_little_more_than_one_shard(report):
+def test_saving_holds_one_shard_and_its_bytes(report):
     assert report["saved_shards"] == 6
-    assert report["saving"] < 3 * SHARD
+    assert report["saving"] < 2.25 * SHARD
 
 
 def test_a_mesh_gets_the_same_values_in_shards(report):
@@ -184,10 +192,10 @@ def test_experts_stream_to_the_devices_that_hold_them(experts):
     assert experts["loading"] - experts["bytes"] < 0.5 * experts["parameter"]
 
 
-def test_saving_experts_holds_little_more_than_one_shard(experts):
+def test_saving_experts_holds_one_shard_and_its_bytes(experts):
     assert experts["same"]
     assert experts["saved_shards"] == 5
-    assert experts["saving"] < 3 * SHARD
+    assert experts["saving"] < 2.25 * SHARD
 
 
 if __name__ == "__main__":
