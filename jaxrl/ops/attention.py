@@ -42,8 +42,8 @@ def flash_attention(
     N is a multiple of K (grouped queries; keys are not repeated). segment_ids: runs of equal ids
     are documents. scale: default 1 / sqrt(H). return_lse: also the log-sum-exp of each query's
     scores, fp32 [B, N, T], differentiable. target: what the program is for, default the default
-    device. Raises ValueError for shapes that do not fit, and where `implementation` cannot do this
-    there, naming those that can.
+    device. Raises ValueError for shapes or dtypes that do not fit, and where `implementation`
+    cannot do this there, naming those that can.
 
     Not-a-number in a key or value that a query does not see can still reach it, as 0 times that,
     where both are in one block. Kernels are opaque to the SPMD partitioner: over several devices,

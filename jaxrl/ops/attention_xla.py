@@ -55,7 +55,7 @@ def blocked_attention(
 
     segment_ids: runs of equal ids are documents. N is a multiple of K (grouped queries). scale:
     default 1 / sqrt(H). return_lse: also the log-sum-exp of the scores, fp32 [B, N, T]. block:
-    default `block_size`. Raises ValueError for shapes that do not fit, or hold a 0.
+    default `block_size`. Raises ValueError for shapes or dtypes that do not fit.
     """
     arguments.check(q, k, v, segment_ids)
     T = q.shape[1]

@@ -72,8 +72,8 @@ def grouped_matmul(
     x holds group_sizes[0] rows of expert 0, then those of expert 1, ...; group_sizes sums to at
     most M, and rows beyond all groups yield zeros. w is multiplied in the dtype of x, and its
     gradient has its own dtype. target: what the program is for, default the default device. Raises
-    ValueError for shapes that do not fit, and where `implementation` cannot do this there, naming
-    those that can.
+    ValueError for shapes or dtypes that do not fit, and where `implementation` cannot do this
+    there, naming those that can.
 
     Kernels are opaque to the SPMD partitioner: over several devices, call it in a `shard_map`,
     whose gradients need check_vma=False. jax-triton has no `vmap`.

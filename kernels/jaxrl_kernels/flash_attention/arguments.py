@@ -3,7 +3,7 @@
 
 def check(q, k, v, segment_ids=None) -> None:
     """q [B, T, N, H], k and v [B, T, K, H] of one dtype, no side 0, K a divisor of N; segment_ids
-    integers [B, T] or None. Raises ValueError else, with the shapes."""
+    [B, T] or None. Raises ValueError else, with the shapes or dtypes."""
     if q.ndim != 4 or k.shape != v.shape or k.ndim != 4:
         raise ValueError(
             f"q {q.shape}, k {k.shape}, v {v.shape}: want [B, T, N, H] and twice [B, T, K, H]"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 def check(x, group_sizes, **weights) -> None:
     """x [M, K], group_sizes integers [E], and by name weights [E, K, N] of floating dtypes; no side
-    0. Raises ValueError else, with the shapes."""
+    0. Raises ValueError else, with the shapes or dtypes."""
     if x.ndim != 2:
         raise ValueError(f"x {x.shape}: want [M, K]")
     if group_sizes.ndim != 1 or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
